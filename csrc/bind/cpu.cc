@@ -1,0 +1,141 @@
+// Python to C++: addresses and integers in, views out. pyruntime/ops/native.py is the only caller and
+// has checked dtype, device, contiguity and shape; the GIL is released while a kernel runs.
+#include <pybind11/pybind11.h>
+
+#include "ops.h"
+
+namespace py = pybind11;
+using namespace pyrt;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+PlanView view(Address rows, Address offsets, Address weights, Address inverse, int64_t num_rows,
+              int64_t choices, int64_t segments, int64_t kept) {
+  return {at<int32_t>(rows), at<int32_t>(offsets), at<float>(weights), at<int32_t>(inverse),
+          num_rows,          choices,              segments,           kept};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.def("isa", [] { return kernels().isa; });
+
+  m.def("plan_threshold", [](Address scores, Address tau, int64_t tau_stride, int64_t n,
+                             Address rows, Address offsets, Address inverse, Address weights) {
+    return plan_threshold(at<float>(scores), at<float>(tau), tau_stride, n, at<int32_t>(rows),
+                          at<int32_t>(offsets), at<int32_t>(inverse), at<float>(weights));
+  });
+  m.def("plan_topk", [](Address scores, int64_t n, int64_t experts, int64_t k, bool renormalize,
+                        Address rows, Address offsets, Address weights, Address inverse) {
+    plan_topk(at<float>(scores), n, experts, k, renormalize, at<int32_t>(rows),
+              at<int32_t>(offsets), at<float>(weights), at<int32_t>(inverse));
+  });
+  m.def("plan_partition", [](Address labels, int64_t n, int64_t segments, Address rows,
+                             Address offsets, Address inverse) {
+    return plan_partition(at<int32_t>(labels), n, segments, at<int32_t>(rows),
+                          at<int32_t>(offsets), at<int32_t>(inverse));
+  });
+  m.def("quantile", [](Address scores, int64_t n, double q, Address scratch) {
+    return quantile(at<float>(scores), n, q, at<float>(scratch));
+  });
+
+  m.def("gather", [](Address x, Address rows, int64_t kept, int64_t row_bytes, Address out) {
+    py::gil_scoped_release unlocked;
+    gather(at<void>(x), at<int32_t>(rows), kept, row_bytes, at<void>(out));
+  });
+  m.def("compact", [](Address x, Address rows, int64_t kept, int64_t row_bytes) {
+    py::gil_scoped_release unlocked;
+    compact(at<void>(x), at<int32_t>(rows), kept, row_bytes);
+  });
+  m.def("combine", [](Address packed, Address rows, Address weights, Address inverse,
+                      int64_t num_rows, int64_t choices, int64_t kept, Address channel_weights,
+                      Address out, int64_t width, int dtype) {
+    const CombineArgs args{at<void>(packed),
+                           view(rows, 0, weights, inverse, num_rows, choices, 1, kept),
+                           at<float>(channel_weights),
+                           at<void>(out),
+                           width,
+                           DType(dtype)};
+    py::gil_scoped_release unlocked;
+    kernels().combine(args);
+  });
+
+  m.def("segment_matmul", [](Address x, Address weight, Address bias, Address out, Address rows,
+                             Address offsets, int64_t segments, int64_t kept, int64_t in_features,
+                             int64_t out_features, int dtype, int out_dtype, int epilogue) {
+    const MatmulArgs args{at<void>(x),
+                          at<void>(weight),
+                          at<float>(bias),
+                          at<void>(out),
+                          view(rows, offsets, 0, 0, kept, 1, segments, kept),
+                          in_features,
+                          out_features,
+                          DType(dtype),
+                          DType(out_dtype),
+                          Epilogue(epilogue)};
+    py::gil_scoped_release unlocked;
+    kernels().segment_matmul(args);
+  });
+
+  m.def("rms_norm", [](Address x, Address weight, Address out, Address probe, float probe_bias,
+                       Address probe_out, int64_t rows, int64_t width, float eps, int dtype) {
+    const NormArgs args{at<void>(x), at<float>(weight),    at<void>(out), at<float>(probe),
+                        probe_bias,  at<float>(probe_out), rows,          width,
+                        eps,         DType(dtype)};
+    py::gil_scoped_release unlocked;
+    kernels().rms_norm(args);
+  });
+  m.def("gate", [](Address x, Address mean, int64_t rows, int64_t width) {
+    py::gil_scoped_release unlocked;
+    kernels().gate({at<float>(x), at<float>(mean), rows, width});
+  });
+
+  m.def("append", [](Address kv, Address cos_sin, Address key_norm, Address positions,
+                     Address slots, Address keys, Address values, int64_t rows, int64_t heads,
+                     int64_t head_dim, float eps, int dtype) {
+    const AppendArgs args{at<void>(kv),      at<float>(cos_sin), at<float>(key_norm),
+                          at<int32_t>(positions), at<int32_t>(slots), at<void>(keys),
+                          at<void>(values),  rows,               heads,
+                          head_dim,          eps,                DType(dtype)};
+    py::gil_scoped_release unlocked;
+    kernels().append(args);
+  });
+  m.def("rotate", [](Address q, Address cos_sin, Address norm, Address positions, Address rows,
+                     int64_t kept, int64_t heads, int64_t head_dim, float eps, int dtype) {
+    const RotateArgs args{at<void>(q),       at<float>(cos_sin), at<float>(norm),
+                          at<int32_t>(positions), at<int32_t>(rows), kept,
+                          heads,             head_dim,           eps,
+                          DType(dtype)};
+    py::gil_scoped_release unlocked;
+    kernels().rotate(args);
+  });
+  m.def("attention", [](Address q, Address rows, Address positions, Address sequences,
+                        Address block_tables, Address keys, Address values, Address out,
+                        int64_t kept, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                        int64_t max_blocks, float scale, int dtype) {
+    const AttentionArgs args{at<void>(q),
+                             at<int32_t>(rows),
+                             at<int32_t>(positions),
+                             at<int32_t>(sequences),
+                             at<int32_t>(block_tables),
+                             at<void>(keys),
+                             at<void>(values),
+                             at<void>(out),
+                             kept,
+                             heads,
+                             kv_heads,
+                             head_dim,
+                             max_blocks,
+                             scale,
+                             DType(dtype)};
+    py::gil_scoped_release unlocked;
+    kernels().attention(args);
+  });
+}

@@ -1,0 +1,160 @@
+// Causal attention of ragged query rows over a paged cache, online softmax in float32.
+//
+// The cache keeps keys and values in the panels of the matmul, so scores and the weighted sum are the
+// same register tile as every other matmul here. Tile rows are (token, head) pairs that share one KV
+// head: grouped-query heads read the cache once. torch's SDPA cannot take kept rows at their own
+// positions without a dense mask, and its result depends on how many rows share the call.
+//
+// Blocks are visited in order and a masked score weighs exactly 0, so a row's result is the same bits
+// whatever rows share its tile and however its prompt was cut into chunks.
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/scratch.h"
+#include "cpu/tile.h"
+#include "ops.h"
+
+namespace pyrt::PYRT_ISA {
+namespace {
+
+inline int64_t source(const AttentionArgs& args, int64_t r) { return args.rows ? args.rows[r] : r; }
+
+template <class T>
+struct Work {
+  T* query;      // [steps of D][M]
+  T* weights;    // [steps of 32 tokens][M]
+  float* out;    // [M][padded D]
+};
+
+// Rows flat .. flat + M of the (token, head) pairs that start at packed row `first`.
+template <class T, int M>
+void attend(const AttentionArgs& args, int64_t first, int64_t flat, int64_t kv_head,
+            const Work<T>& work) {
+  constexpr int64_t d = Step<T>::kDepth;
+  const int64_t dim = args.head_dim, padded = (dim + kHeadPad - 1) / kHeadPad * kHeadPad;
+  const int64_t group = args.heads / args.kv_heads;
+  const int64_t head_size = padded * kBlock;  // elements of one head's block
+
+  const T* rows[M];
+  int64_t place[M];  // where row m lies in q and in out
+  int32_t last[M];   // newest cache entry the row may see
+  for (int m = 0; m < M; ++m) {
+    const int64_t r = first + (flat + m) / group;
+    place[m] = (r * args.heads + kv_head * group + (flat + m) % group) * dim;
+    rows[m] = static_cast<const T*>(args.q) + place[m];
+    last[m] = args.positions[source(args, r)];
+  }
+  pack_rows(rows, M, dim, work.query);
+  const int32_t newest = last[M - 1];
+  const int32_t* table =
+      args.block_tables + args.sequences[source(args, first)] * args.max_blocks;
+
+  float top[M], total[M];
+  std::fill(top, top + M, -INFINITY);
+  std::fill(total, total + M, 0.0f);
+  std::fill(work.out, work.out + M * padded, 0.0f);
+
+  for (int32_t begin = 0, b = 0; begin <= newest; begin += kBlock, ++b) {
+    const int64_t at = (table[b] * args.kv_heads + kv_head) * head_size;
+    const T* keys = static_cast<const T*>(args.keys) + at;
+    const T* values = static_cast<const T*>(args.values) + at;
+    const int64_t present = std::min<int64_t>(newest + 1 - begin, kBlock);
+
+    f32x16 score[M][2] = {};
+    tile<T, M>(work.query, keys, (dim + d - 1) / d, score);
+    for (int m = 0; m < M; ++m) {
+      const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+      const int32_t seen = last[m] - begin;
+      f32x16 lo = score[m][0] * args.scale, hi = score[m][1] * args.scale;
+      if (seen < kBlock - 1) {
+        lo = lane <= seen ? lo : splat(-INFINITY);
+        hi = lane + 16 <= seen ? hi : splat(-INFINITY);
+        if (seen < 0) {  // the whole block lies in this row's future
+          lo = hi = splat(0.0f);
+        }
+      }
+      f32x16 p0{}, p1{};
+      if (seen >= 0) {
+        const float peak = std::max(top[m], max(lo > hi ? lo : hi));
+        if (peak > top[m]) {
+          const float shrink = exp(splat(top[m] - peak))[0];
+          total[m] *= shrink;
+          float* out = work.out + m * padded;
+          for (int64_t i = 0; i < padded; i += 16) store(out + i, load(out + i) * shrink);
+          top[m] = peak;
+        }
+        p0 = exp(lo - peak), p1 = exp(hi - peak);
+        total[m] += sum(p0 + p1);
+      }
+      T lanes[kBlock];
+      store(lanes, p0);
+      store(lanes + 16, p1);
+      for (int64_t t = 0; t < kBlock / d; ++t)
+        std::memcpy(work.weights + (t * M + m) * d, lanes + t * d, d * sizeof(T));
+    }
+    for (int64_t i = 0; i < padded; i += 32) {
+      f32x16 acc[M][2];
+      for (int m = 0; m < M; ++m) {
+        acc[m][0] = load(work.out + m * padded + i);
+        acc[m][1] = load(work.out + m * padded + i + 16);
+      }
+      tile<T, M>(work.weights, values + i * kBlock, (present + d - 1) / d, acc);
+      for (int m = 0; m < M; ++m) {
+        store(work.out + m * padded + i, acc[m][0]);
+        store(work.out + m * padded + i + 16, acc[m][1]);
+      }
+    }
+  }
+
+  for (int m = 0; m < M; ++m) {
+    T* out = static_cast<T*>(args.out) + place[m];
+    const float* from = work.out + m * padded;
+    const float scale = 1.0f / total[m];
+    int64_t i = 0;
+    for (; i + 16 <= dim; i += 16) store(out + i, load(from + i) * scale);
+    store_part(out + i, load_part(from + i, dim - i) * scale, dim - i);
+  }
+}
+
+// One item: a few neighbouring rows for one KV head, cut where the sequence changes.
+template <class T>
+void run(const AttentionArgs& args) {
+  const int64_t group = args.heads / args.kv_heads;
+  const int64_t padded = (args.head_dim + kHeadPad - 1) / kHeadPad * kHeadPad;
+  const int64_t chunk = std::max<int64_t>(4 * kTileRows / group, 1);
+  const int64_t chunks = (args.kept + chunk - 1) / chunk;
+#pragma omp parallel if (args.kept > 1 || args.positions[source(args, 0)] >= 2 * kBlock)
+  {
+    static thread_local Scratch scratch;
+    float* memory = scratch.take<float>(kTileRows * (2 * padded + kBlock));
+    Work<T> work;
+    work.out = memory;
+    work.query = reinterpret_cast<T*>(memory + kTileRows * padded);
+    work.weights = reinterpret_cast<T*>(memory + kTileRows * 2 * padded);
+#pragma omp for schedule(dynamic, 1) collapse(2)
+    for (int64_t c = chunks - 1; c >= 0; --c) {  // late positions see most: start with them
+      for (int64_t head = 0; head < args.kv_heads; ++head) {
+        const int64_t stop = std::min(args.kept, (c + 1) * chunk);
+        for (int64_t r = c * chunk, end; r < stop; r = end) {
+          const int32_t sequence = args.sequences[source(args, r)];
+          for (end = r + 1; end < stop && args.sequences[source(args, end)] == sequence;) ++end;
+          const int64_t pairs = (end - r) * group;
+          for (int64_t flat = 0; flat < pairs; flat += kTileRows)
+            with_rows(int(std::min<int64_t>(pairs - flat, kTileRows)),
+                      [&]<int M>() { attend<T, M>(args, r, flat, head, work); });
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void attention(const AttentionArgs& args) {
+  if (args.kept == 0) return;
+  args.dtype == DType::kBFloat16 ? run<bf16>(args) : run<float>(args);
+}
+
+}  // namespace pyrt::PYRT_ISA

@@ -1,0 +1,191 @@
+// out[r] = epilogue(x[r] @ W[segment of r]^T + bias): every dense and grouped matmul of the runtime.
+//
+// Weights stream through the cache once per block of rows: a few rows run at memory bandwidth, many
+// at the arithmetic peak, by the same inner loop. Work is cut into (segment, row block, panels) items
+// that threads take as they become free, so skewed segments do not leave a thread idle.
+#include <omp.h>
+
+#include <algorithm>
+
+#include "cpu/scratch.h"
+#include "cpu/tile.h"
+#include "ops.h"
+
+namespace pyrt::PYRT_ISA {
+namespace {
+
+constexpr int64_t kBlockRows = 240;       // rows that share one pass over a panel
+constexpr int64_t kBlockBytes = 768 << 10;  // their packed size: with one panel it stays in L2 or L3
+constexpr int64_t kColumns = 32;
+
+struct Item {
+  int64_t segment, row, rows, panel, panels;
+};
+
+// The n-th item of a call, by arithmetic instead of a list: no allocation on the hot path.
+class Work {
+ public:
+  Work(const MatmulArgs& args, int threads) : args_(args) {
+    panels_ = (args.out_features + kColumns - 1) / kColumns;
+    const int64_t fit = kBlockBytes / (args.in_features * size_of(args.dtype) + 1);
+    block_ = std::clamp<int64_t>(fit / kTileRows * kTileRows, kTileRows,
+                                 kBlockRows / kTileRows * kTileRows);
+    int64_t blocks = 0;
+    for (int64_t s = 0; s < segments(); ++s) blocks += blocks_of(rows_of(s));
+    // Whole blocks first; the last ones are cut by panels so that threads end together.
+    const int64_t tail = std::min<int64_t>(blocks, 2 * threads);
+    whole_ = blocks - tail;
+    const int64_t wanted = blocks <= threads ? 6 * threads / std::max<int64_t>(blocks, 1) : 4;
+    pieces_ = threads == 1 ? 1 : std::clamp<int64_t>(wanted, 1, panels_);
+    count_ = whole_ + tail * pieces_;
+  }
+
+  int64_t count() const { return count_; }
+
+  // Items come in rising order on every thread, so the walk over segments only moves forward.
+  Item at(int64_t index) {
+    const int64_t block = index < whole_ ? index : whole_ + (index - whole_) / pieces_;
+    while (block >= first_ + blocks_of(rows_of(segment_))) first_ += blocks_of(rows_of(segment_++));
+    const int64_t rows = rows_of(segment_), blocks = blocks_of(rows), i = block - first_;
+    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+    const int64_t from = tiles * i / blocks * kTileRows;
+    const int64_t to = std::min(rows, tiles * (i + 1) / blocks * kTileRows);
+    Item item{segment_, start_of(segment_) + from, to - from, 0, panels_};
+    if (index >= whole_) {
+      const int64_t piece = (index - whole_) % pieces_;
+      item.panel = panels_ * piece / pieces_;
+      item.panels = panels_ * (piece + 1) / pieces_ - item.panel;
+    }
+    return item;
+  }
+
+  int64_t panels() const { return panels_; }
+
+ private:
+  int64_t segments() const { return args_.plan.offsets ? args_.plan.segments : 1; }
+  int64_t start_of(int64_t s) const { return args_.plan.offsets ? args_.plan.offsets[s] : 0; }
+  int64_t rows_of(int64_t s) const {
+    const int32_t* o = args_.plan.offsets;
+    return o ? o[s + 1] - o[s] : args_.plan.kept;
+  }
+  int64_t blocks_of(int64_t rows) const { return (rows + block_ - 1) / block_; }
+
+  const MatmulArgs& args_;
+  int64_t panels_, block_, whole_, pieces_, count_;
+  int64_t segment_ = 0, first_ = 0;
+};
+
+template <class Out>
+inline void write_row(const MatmulArgs& args, Out* out, int64_t column, int64_t columns,
+                      f32x16 lo, f32x16 hi) {
+  if (args.epilogue == Epilogue::kSiluMul) {
+    const f32x16 value = silu(lo) * hi;
+    const int64_t left = columns - column;
+    left >= 16 ? store(out + column, value) : store_part(out + column, value, left);
+    return;
+  }
+  if (args.epilogue == Epilogue::kGelu) lo = gelu(lo), hi = gelu(hi);
+  if (args.epilogue == Epilogue::kSilu) lo = silu(lo), hi = silu(hi);
+  const int64_t left = columns - column;
+  if (left >= 32) {
+    store(out + column, lo);
+    store(out + column + 16, hi);
+  } else {
+    store_part(out + column, lo, std::min<int64_t>(left, 16));
+    if (left > 16) store_part(out + column + 16, hi, left - 16);
+  }
+}
+
+// Bias of the 32 columns of panel p; an interleaved pair keeps gate biases first, then up biases.
+inline void load_bias(const MatmulArgs& args, int64_t segment, int64_t panel, f32x16* lo,
+                      f32x16* hi) {
+  const float* bias = args.bias + segment * args.out_features;
+  if (args.epilogue == Epilogue::kSiluMul) {
+    const int64_t half = args.out_features / 2;
+    const int64_t left = std::min<int64_t>(half - panel * 16, 16);
+    *lo = load_part(bias + panel * 16, left);
+    *hi = load_part(bias + half + panel * 16, left);
+    return;
+  }
+  const int64_t left = args.out_features - panel * kColumns;
+  *lo = load_part(bias + panel * kColumns, std::min<int64_t>(left, 16));
+  *hi = load_part(bias + panel * kColumns + 16, std::clamp<int64_t>(left - 16, 0, 16));
+}
+
+template <class T, class Out>
+void run_item(const MatmulArgs& args, const Item& item, const T* packed, int64_t panels) {
+  const int64_t steps = (args.in_features + Step<T>::kDepth - 1) / Step<T>::kDepth;
+  const int64_t words = steps * Step<T>::kDepth;  // K, completed
+  const bool pair = args.epilogue == Epilogue::kSiluMul;
+  const int64_t columns = pair ? args.out_features / 2 : args.out_features;
+  const T* weight = static_cast<const T*>(args.weight) + item.segment * panels * words * kColumns;
+  for (int64_t p = item.panel; p < item.panel + item.panels; ++p) {
+    const T* panel = weight + p * words * kColumns;
+    f32x16 bias_lo{}, bias_hi{};
+    if (args.bias) load_bias(args, item.segment, p, &bias_lo, &bias_hi);
+    const int64_t column = p * (pair ? 16 : 32);
+    for (int64_t row = 0; row < item.rows; row += kTileRows) {
+      const int count = int(std::min<int64_t>(kTileRows, item.rows - row));
+      with_rows(count, [&]<int M>() {
+        f32x16 acc[M][2] = {};
+        tile<T, M>(packed + row * words, panel, steps, acc);
+        Out* out = static_cast<Out*>(args.out) + (item.row + row) * columns;
+#pragma GCC unroll 1
+        for (int m = 0; m < M; ++m)
+          write_row(args, out + m * columns, column, columns, acc[m][0] + bias_lo,
+                    acc[m][1] + bias_hi);
+      });
+    }
+  }
+}
+
+template <class T>
+void pack_item(const MatmulArgs& args, const Item& item, T* packed) {
+  const int64_t words = (args.in_features + Step<T>::kDepth - 1) / Step<T>::kDepth * Step<T>::kDepth;
+  const T* x = static_cast<const T*>(args.x);
+  for (int64_t row = 0; row < item.rows; row += kTileRows) {
+    const int count = int(std::min<int64_t>(kTileRows, item.rows - row));
+    const T* rows[kTileRows];
+    for (int m = 0; m < count; ++m) {
+      const int64_t r = item.row + row + m;
+      rows[m] = x + (args.plan.rows ? args.plan.rows[r] : r) * args.in_features;
+    }
+    pack_rows(rows, count, args.in_features, packed + row * words);
+  }
+}
+
+template <class T, class Out>
+void run(const MatmulArgs& args) {
+  const int threads = omp_get_max_threads();
+  const int64_t count = Work(args, threads).count();
+#pragma omp parallel num_threads(int(std::min<int64_t>(threads, count)))
+  {
+    static thread_local Scratch scratch;
+    Work work(args, threads);
+    int64_t last_segment = -1, last_row = -1;
+    T* packed = nullptr;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < count; ++i) {
+      const Item item = work.at(i);
+      if (item.segment != last_segment || item.row != last_row) {
+        packed = scratch.take<T>(item.rows * (args.in_features + 1));
+        pack_item(args, item, packed);
+        last_segment = item.segment, last_row = item.row;
+      }
+      run_item<T, Out>(args, item, packed, work.panels());
+    }
+  }
+}
+
+}  // namespace
+
+void segment_matmul(const MatmulArgs& args) {
+  if (args.plan.kept == 0 || args.out_features == 0) return;
+  const bool narrow_in = args.dtype == DType::kBFloat16, narrow_out = args.out_dtype == DType::kBFloat16;
+  if (narrow_in)
+    narrow_out ? run<bf16, bf16>(args) : run<bf16, float>(args);
+  else
+    narrow_out ? run<float, bf16>(args) : run<float, float>(args);
+}
+
+}  // namespace pyrt::PYRT_ISA

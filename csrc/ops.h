@@ -1,0 +1,146 @@
+// Every native CPU op, documented once. Sizes are elements, pointers never alias unless said, every
+// count may be zero (then nothing is read or written). Rows are contiguous.
+#pragma once
+
+#include "core/plan.h"
+
+namespace pyrt {
+
+enum class Epilogue : int { kNone = 0, kGelu = 1, kSilu = 2, kSiluMul = 3 };
+
+// ---- planners: float32 scores to a Plan; single pass, same bits as pyruntime/ops/reference.py ----
+
+// Keeps row n unless scores[n] <= tau[n * tau_stride] (so NaN runs). Writes rows [N], offsets [2],
+// inverse [N] and, unless null, weights [N]: the score of every kept row. Returns R.
+int64_t plan_threshold(const float* scores, const float* tau, int64_t tau_stride, int64_t n,
+                       int32_t* rows, int32_t* offsets, int32_t* inverse, float* weights);
+
+// The k largest of each row of scores [N, E]; ties go to the lowest expert, NaN counts as lowest.
+// Writes rows [N*k], offsets [E+1], weights [N*k], inverse [N, k] (choices by falling score).
+void plan_topk(const float* scores, int64_t n, int64_t experts, int64_t k, bool renormalize,
+               int32_t* rows, int32_t* offsets, float* weights, int32_t* inverse);
+
+// Stable counting sort of labels [N] in [0, S); -1 is dropped. Returns R, or -1 - n for the first
+// row n whose label is out of range.
+int64_t plan_partition(const int32_t* labels, int64_t n, int64_t segments, int32_t* rows,
+                       int32_t* offsets, int32_t* inverse);
+
+// Linearly interpolated quantile of n >= 1 scores; scratch [n] is overwritten.
+float quantile(const float* scores, int64_t n, double q, float* scratch);
+
+// ---- movement ----
+
+// out[r] = x[rows[r]] for rows of row_bytes bytes.
+void gather(const void* x, const int32_t* rows, int64_t kept, int64_t row_bytes, void* out);
+
+// In place: x[r] = x[rows[r]] for ascending rows (so rows[r] >= r and nothing is read after it was
+// overwritten).
+void compact(void* x, const int32_t* rows, int64_t kept, int64_t row_bytes);
+
+struct CombineArgs {
+  const void* packed;            // [R, H]
+  PlanView plan;                 // weights multiply whole rows
+  const float* channel_weights;  // [N, H] or null, multiplies element by element
+  void* out;                     // [N, H], out[n] += sum over choices in order; float32 accumulate
+  int64_t width;                 // H
+  DType dtype;                   // of packed and out
+};
+
+// ---- compute ----
+
+struct MatmulArgs {
+  const void* x;        // [*, K]: packed rows, or source rows when plan.rows is given
+  const void* weight;   // panel layout (pyruntime/ops/weight.py) of S matrices [N, K]
+  const float* bias;    // [S, N] or null
+  void* out;            // [R, N], or [R, N/2] for kSiluMul
+  PlanView plan;        // offsets null: one segment of `kept` rows
+  int64_t in_features;  // K
+  int64_t out_features; // N
+  DType dtype;          // of x and weight
+  DType out_dtype;
+  Epilogue epilogue;    // kSiluMul needs interleaved panels
+};
+
+struct NormArgs {
+  const void* x;       // [N, H]
+  const float* weight; // [H]
+  void* out;           // [N, H]; out may be x
+  const float* probe;  // [H] or null: probe_out[n] = dot(out[n], probe) + probe_bias, of the rounded row
+  float probe_bias;
+  float* probe_out;    // [N]
+  int64_t rows, width;
+  float eps;
+  DType dtype;
+};
+
+// In place on x [N, H] float32: sigmoid; mean[n] = average of the row.
+struct GateArgs {
+  float* x;
+  float* mean;
+  int64_t rows, width;
+};
+
+// Rotary embedding (half-split form) of a paged cache's new keys, and storage of keys and values.
+// Cache layouts, 32 tokens a block, are those of the matmul panels so that attention is two matmuls:
+//   keys   bf16 [blocks, heads, D/2, 32, 2]   f32 [blocks, heads, D, 32]
+//   values bf16 [blocks, heads, D/32, 16, 32, 2]   f32 [blocks, heads, D/32, 32, 32]
+// with D padded to a multiple of 32 (kHeadPad) in both.
+struct AppendArgs {
+  const void* kv;            // [N, 2 * heads * D]: keys, then values
+  const float* cos_sin;      // [positions, D]: D/2 cosines, D/2 sines
+  const float* key_norm;     // [D] or null: RMS norm of every key head first
+  const int32_t* positions;  // [N]
+  const int32_t* slots;      // [N]: block * 32 + offset
+  void* keys;
+  void* values;
+  int64_t rows, heads, head_dim;
+  float eps;
+  DType dtype;
+};
+
+// In place on q [R, heads * D]: optional RMS norm, then rotary embedding at positions[rows[r]].
+struct RotateArgs {
+  void* q;
+  const float* cos_sin;
+  const float* norm;         // [D] or null
+  const int32_t* positions;  // [N]
+  const int32_t* rows;       // [R] or null for the identity
+  int64_t kept, heads, head_dim;
+  float eps;
+  DType dtype;
+};
+
+struct AttentionArgs {
+  const void* q;              // [R, heads * D]
+  const int32_t* rows;        // [R] or null
+  const int32_t* positions;   // [N] the token sees cache entries 0 .. position
+  const int32_t* sequences;   // [N] row of block_tables; rows of one sequence are contiguous
+  const int32_t* block_tables;  // [B, max_blocks]
+  const void* keys;
+  const void* values;
+  void* out;                  // [R, heads * D]
+  int64_t kept, heads, kv_heads, head_dim, max_blocks;
+  float scale;
+  DType dtype;
+};
+
+constexpr int64_t kBlock = 32;    // tokens of one cache block
+constexpr int64_t kHeadPad = 32;  // head_dim is padded to a multiple of this in the cache
+
+// The ops that are compiled once per instruction set.
+struct Kernels {
+  const char* isa;
+  void (*combine)(const CombineArgs&);
+  void (*segment_matmul)(const MatmulArgs&);
+  void (*rms_norm)(const NormArgs&);
+  void (*gate)(const GateArgs&);
+  void (*append)(const AppendArgs&);
+  void (*rotate)(const RotateArgs&);
+  void (*attention)(const AttentionArgs&);
+};
+
+// The widest set this processor has, or the one PYRUNTIME_CPU_ISA names (portable, avx2, avx512,
+// avx512_bf16). Read once; throws std::invalid_argument for an unknown or unsupported name.
+const Kernels& kernels();
+
+}  // namespace pyrt

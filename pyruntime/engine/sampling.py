@@ -1,0 +1,98 @@
+"""Logits to token ids. A row's token depends on its own logits, parameters and generator only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyruntime.engine.request import SamplingParams
+
+_FIRST_WIDTH = 1024
+
+
+def make_generator(params: SamplingParams) -> torch.Generator | None:
+    """The private random source of a request; None when it is greedy and draws nothing."""
+    if params.greedy:
+        return None
+    generator = torch.Generator()
+    if params.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(params.seed)
+    return generator
+
+
+def sample(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    generators: Sequence[torch.Generator | None],
+) -> list[int]:
+    """Token ids, one a row. logits f32 [M,V]; params and generators M each (a draw advances one).
+
+    Raises ValueError when a sampled row has no probability mass (NaN logits).
+    """
+    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    random = [i for i, g in enumerate(generators) if g is not None]
+    if random:
+        drawn = _draw(
+            logits[random].float(), [params[i] for i in random], [generators[i] for i in random]
+        )
+        for i, token in zip(random, drawn, strict=True):
+            tokens[i] = token
+    return tokens
+
+
+def _draw(
+    logits: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator | None]
+) -> list[int]:
+    device = logits.device
+    temperature = torch.tensor([[p.temperature] for p in params], device=device)
+    # Subtracting the maximum first keeps tiny temperatures finite.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    _keep_top_k(logits, [p.top_k for p in params])
+    probs = logits.softmax(dim=-1)
+    _keep_top_p(probs, [p.top_p for p in params])
+    # Inverse transform over the vocabulary in its own order: ties and filters cannot reorder it.
+    # In float64 a draw below 1 times the total stays below the total, so a token always exists.
+    cdf = probs.double().cumsum(dim=-1)
+    draws = [torch.rand(1, generator=g, dtype=torch.float64) for g in generators]
+    target = torch.stack(draws).to(device) * cdf[:, -1:]
+    tokens: list[int] = torch.searchsorted(cdf, target, right=True).squeeze(-1).tolist()
+    if max(tokens) >= logits.shape[-1]:
+        raise ValueError("sample: a row's logits are not finite")
+    return tokens
+
+
+def _keep_top_k(logits: Tensor, top_k: Sequence[int]) -> None:
+    """Masks in place all below the k-th largest logit; ties with it stay."""
+    vocab = logits.shape[-1]
+    rows = [i for i, k in enumerate(top_k) if 0 < k < vocab]
+    if not rows:
+        return
+    largest = logits[rows].topk(max(top_k[i] for i in rows), dim=-1).values
+    kth = torch.tensor([[top_k[i] - 1] for i in rows], device=logits.device)
+    floor = torch.full_like(logits[:, :1], float("-inf"))
+    floor[rows] = largest.gather(1, kth)
+    logits.masked_fill_(logits < floor, float("-inf"))
+
+
+def _keep_top_p(probs: Tensor, top_p: Sequence[float]) -> None:
+    """Zeroes in place all below the smallest probability of the nucleus; ties with it stay."""
+    rows = [i for i, p in enumerate(top_p) if p < 1]
+    if not rows:
+        return
+    mass = torch.tensor([[top_p[i]] for i in rows], device=probs.device)
+    # The nucleus is nearly always small: sort a short head, and more only if that is not enough.
+    width = min(_FIRST_WIDTH, probs.shape[-1])
+    while True:
+        head = probs[rows].topk(width, dim=-1).values
+        before = head.cumsum(dim=-1) - head
+        if width == probs.shape[-1] or bool((before[:, -1:] >= mass).all()):
+            break
+        width = min(width * 8, probs.shape[-1])
+    last = (before < mass).sum(dim=-1, keepdim=True) - 1
+    floor = torch.zeros_like(probs[:, :1])
+    floor[rows] = head.gather(1, last.clamp(min=0))
+    probs.masked_fill_(probs < floor, 0)

@@ -1,0 +1,1 @@
+"""The runtime format: what a model folder holds, how it is made, read and described."""

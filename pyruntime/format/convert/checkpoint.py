@@ -1,0 +1,263 @@
+"""One lazy view over every weight file we read: names, shapes, dtypes, and rows on request.
+
+Files are read in pieces and nothing is kept, so that converting a model never needs the memory
+to hold one. A memory map would count every page it touched against us.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pyruntime.errors import ConversionError
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ZIP_MAGIC = b"PK\x03\x04"  # torch.save writes a zip archive since 1.6
+# Pages of a mapped .pt file are given back by mapping it anew after this many bytes.
+_REMAP_BYTES = 64 << 20
+
+
+class _File(Protocol):
+    def rows(self, key: str, start: int, stop: int) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor that lies in a file. `dtype` is its name in messages, such as "bfloat16"."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: _File
+    key: str
+
+
+class Checkpoint:
+    """Tensors by name, from one file or many."""
+
+    def __init__(self, entries: Mapping[str, Entry], paths: Iterable[Path]) -> None:
+        self.entries = dict(entries)
+        self.paths = tuple(paths)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor along its first axis; read only, valid until the next."""
+        entry = self.entries[name]
+        return entry.file.rows(entry.key, start, stop)
+
+    def renamed(self, rename: Callable[[str], str]) -> Checkpoint:
+        """The same tensors under new names.
+
+        Raises:
+            ConversionError: two tensors would get one name.
+        """
+        names: dict[str, str] = {}
+        for old in self.entries:
+            new = rename(old)
+            if new in names:
+                raise ConversionError(f"{names[new]} and {old} are both called {new}")
+            names[new] = old
+        return Checkpoint({new: self.entries[old] for new, old in names.items()}, self.paths)
+
+    def joined(self, other: Checkpoint) -> Checkpoint:
+        """The tensors of both; names must not meet.
+
+        Raises:
+            ConversionError: a name is in both.
+        """
+        twice = sorted(self.entries.keys() & other.entries.keys())
+        if twice:
+            raise ConversionError("\n".join(f"{name} is in two files" for name in twice))
+        return Checkpoint({**self.entries, **other.entries}, self.paths + other.paths)
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """The weights of a Hugging Face folder: safetensors or pytorch_model, whole or in shards.
+
+    Raises:
+        ConversionError: no weights, files missing or damaged, an index that is wrong.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{suffix}.index.json"
+        if index.is_file():
+            return _open_index(index)
+        if (folder / f"{stem}.{suffix}").is_file():
+            return open_file(folder / f"{stem}.{suffix}")
+    raise ConversionError(
+        f"{folder}: no weights: looked for model.safetensors and pytorch_model.bin, "
+        "alone or with .index.json"
+    )
+
+
+def open_file(path: Path) -> Checkpoint:
+    """The tensors of one .safetensors, .bin, .pt or .pth file.
+
+    Raises:
+        ConversionError: the file is missing, damaged, or not data alone.
+    """
+    if not path.is_file():
+        raise ConversionError(f"{path}: no such file")
+    opened = _SafetensorsFile(path) if path.suffix == ".safetensors" else _TorchFile(path)
+    return Checkpoint(opened.entries(), [path])
+
+
+def _open_index(index: Path) -> Checkpoint:
+    try:
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(where.values()))
+        outside = [name for name in files if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConversionError(f"{index}: not a weight index: {error!r}") from None
+    problems = [f"{index}: file {name!r} is not in this folder" for name in outside]
+    checkpoint = Checkpoint({}, [])
+    held: dict[str, set[str]] = {}
+    for name in files:
+        if name in outside:
+            continue
+        try:
+            part = open_file(index.parent / name)
+            checkpoint = checkpoint.joined(part)
+            held[name] = set(part.entries)
+        except ConversionError as error:
+            problems.append(str(error))
+    problems += [
+        f"{index.parent / name}: lacks {tensor}, which the index places there"
+        for tensor, name in where.items()
+        if name in held and tensor not in held[name]
+    ]
+    if problems:
+        raise ConversionError("\n".join(problems))
+    return checkpoint
+
+
+class _SafetensorsFile:
+    """Byte ranges from the header, numbers by plain reads."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            # The library checks the header and the file's length; it just hides the offsets.
+            with safe_open(path, framework="pt"):
+                pass
+            with open(path, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header: dict[str, Any] = json.loads(file.read(size))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ConversionError(f"{path}: not a whole safetensors file: {error}") from None
+        header.pop("__metadata__", None)
+        self._data = 8 + size
+        self._header = header
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def entries(self) -> dict[str, Entry]:
+        """Every tensor of the file."""
+        return {
+            name: Entry(tuple(info["shape"]), _dtype_name(_DTYPES.get(info["dtype"])) or
+                        info["dtype"], self, name)
+            for name, info in self._header.items()
+        }  # fmt: skip
+
+    def rows(self, key: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop), freshly read."""
+        info = self._header[key]
+        begin, end = info["data_offsets"]
+        row = (end - begin) // info["shape"][0]
+        buffer = bytearray((stop - start) * row)
+        view = memoryview(buffer)
+        position = self._data + begin + start * row
+        while len(view):
+            count = os.preadv(self._descriptor, [view], position)
+            if not count:
+                raise ConversionError(f"{self._path}: ended while reading {key}")
+            view, position = view[count:], position + count
+        flat = torch.frombuffer(buffer, dtype=_DTYPES[info["dtype"]])
+        return flat.view(stop - start, *info["shape"][1:])
+
+
+class _TorchFile:
+    """A torch.save archive, unpickled with nothing but tensors and containers allowed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._tensors = self._map()
+        self._budget = _REMAP_BYTES
+
+    def entries(self) -> dict[str, Entry]:
+        """Every tensor of the file; nested dictionaries are joined by dots."""
+        return {
+            name: Entry(tuple(tensor.shape), _dtype_name(tensor.dtype) or "?", self, name)
+            for name, tensor in self._tensors.items()
+        }
+
+    def rows(self, key: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop), contiguous."""
+        if self._budget < 0:
+            # Drop the old map before making the new one; callers hold no views by now.
+            self._tensors = {}
+            self._tensors = self._map()
+            self._budget = _REMAP_BYTES
+        # A copy, because a view would keep the old map alive.
+        piece = self._tensors[key][start:stop].clone(memory_format=torch.contiguous_format)
+        self._budget -= piece.nbytes
+        return piece
+
+    def _map(self) -> dict[str, Tensor]:
+        path = self._path
+        with open(path, "rb") as file:
+            if file.read(4) != _ZIP_MAGIC:
+                raise ConversionError(
+                    f"{path}: not a torch.save archive (torch 1.6 or later); "
+                    "bare pickles are not read, because they can run code"
+                )
+        try:
+            data = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError as error:
+            # torch explains at length how to switch the protection off: say only what it found.
+            found = re.search(r"GLOBAL (\S+)|(?:type|class|global)[: ]+(\S+)", str(error))
+            what = next((group for group in found.groups() if group), "") if found else ""
+            raise ConversionError(
+                f"{path}: holds code or objects {what and f'({what}) '}besides tensors; "
+                "only plain tensors are read"
+            ) from None
+        except (RuntimeError, OSError, EOFError, ValueError, TypeError, KeyError, IndexError,
+                AttributeError) as error:  # fmt: skip
+            first = (str(error) or type(error).__name__).splitlines()[0]
+            raise ConversionError(f"{path}: damaged torch file: {first}") from None
+        if not isinstance(data, dict):
+            raise ConversionError(f"{path}: expected a dictionary, is {type(data).__name__}")
+        inner = data.get("state_dict", data)  # Lightning keeps the training state around it
+        flat = dict(_flatten(inner if isinstance(inner, dict) else data))
+        strange = [f"{path}: {name} is a {type(value).__name__}, not a dense tensor"
+                   for name, value in flat.items()
+                   if not isinstance(value, Tensor) or value.layout != torch.strided]  # fmt: skip
+        if strange:
+            raise ConversionError("\n".join(strange))
+        return flat
+
+
+def _flatten(data: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def fingerprint(paths: Iterable[Path]) -> list[list[str | int]]:
+    """What tells that files did not change: name, size and modification time of each."""
+    stats = [(path, os.stat(path)) for path in paths]
+    return [[str(path.resolve()), info.st_size, info.st_mtime_ns] for path, info in stats]

@@ -1,0 +1,160 @@
+"""Streaming safetensors writer: the header first, then the tensors piece by piece.
+
+The library's own writer wants all tensors of a file in memory; this one holds a few pieces.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pyruntime.format.convert.checkpoint import Checkpoint
+from pyruntime.format.convert.source import Recipe
+from pyruntime.format.manifest import Shard
+from pyruntime.format.spec import PANEL, TensorSpec
+from pyruntime.ops.weight import Weight
+
+_ALIGN = 64  # bytes: what the kernels' loads want, and a cache line
+_PIECE_BYTES = 1 << 20  # a piece and its packed copy stay in the cache
+_PENDING = 8  # pieces between packing and the disk
+
+
+def plan_shards(tensors: list[TensorSpec], limit: int) -> list[list[TensorSpec]]:
+    """Tensors by shard, each at most `limit` bytes unless one tensor alone is larger.
+
+    Panels come first in each shard: they are multiples of a cache line, so all of them start on
+    one, whatever odd sizes the plain tensors have.
+    """
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return [sorted(shard, key=_alignment_class) for shard in shards]
+
+
+def write_shard(
+    path: Path,
+    tensors: list[TensorSpec],
+    pieces: Iterable[Tensor],
+    progress: Callable[[int], None],
+) -> Shard:
+    """Write `tensors`, whose bytes are `pieces` one after the other, and flush them to the disk.
+
+    Packing (the caller's generator), hashing and writing run side by side; `progress` is told the
+    size of each piece.
+    """
+    digest = hashlib.sha256()
+    header = _header(tensors)
+    digest.update(header)
+    pending: deque[tuple[Tensor | None, Future[None], Future[int]]] = deque()
+    size = len(header)
+    with (
+        open(path, "wb", buffering=0) as file,
+        ThreadPoolExecutor(1) as hasher,
+        ThreadPoolExecutor(1) as disk,
+    ):
+        file.write(header)
+        for piece in pieces:
+            while len(pending) >= _PENDING:
+                _finish(pending.popleft())
+            view = _bytes_of(piece)
+            # The queue holds the tensor, because the view alone does not keep it alive.
+            pending.append(
+                (piece, hasher.submit(digest.update, view), disk.submit(_write_all, file, view))
+            )
+            size += len(view)
+            progress(len(view))
+        while pending:
+            _finish(pending.popleft())
+        os.fsync(file.fileno())
+    expected = len(header) + sum(tensor.nbytes for tensor in tensors)
+    if size != expected:
+        raise RuntimeError(f"{path}: wrote {size} bytes, planned {expected}")
+    return Shard(digest.hexdigest(), size)
+
+
+def pieces(recipe: Recipe, weights: Checkpoint, not_finite: list[str]) -> Iterator[Tensor]:
+    """The bytes of one tensor in file order, packed, a few megabytes at a time.
+
+    Panels cover whole groups of rows, so they can be packed group by group. The name of a source
+    that does not stay finite is appended to `not_finite`.
+    """
+    target = recipe.target
+    dtype = getattr(torch, target.dtype)
+    share = recipe.source_shape[0]
+    columns = target.shape[1] if len(target.shape) == 2 else 1
+
+    def rows(start: int, stop: int) -> Tensor:
+        parts = []
+        for number, name in enumerate(recipe.sources):
+            first, last = max(start - number * share, 0), min(stop - number * share, share)
+            if first >= last:
+                continue
+            part = weights.rows(name, first, last).to(dtype)
+            if name not in not_finite and not all(map(math.isfinite, torch.aminmax(part))):
+                not_finite.append(name)
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    step = max(1, _PIECE_BYTES // (columns * dtype.itemsize) // PANEL) * PANEL
+    if target.layout == "gate_up":
+        half = target.shape[0] // 2
+        for start in range(0, half, step // 2):
+            stop = min(start + step // 2, half)
+            yield Weight.pack_gate_up(rows(start, stop), rows(half + start, half + stop)).data
+        return
+    for start in range(0, target.shape[0], step):
+        piece = rows(start, min(start + step, target.shape[0]))
+        yield piece if target.layout == "plain" else Weight.pack(piece).data
+
+
+def _alignment_class(tensor: TensorSpec) -> int:
+    if tensor.layout != "plain":
+        return 0
+    return 1 if tensor.dtype == "float32" else 2
+
+
+def _header(tensors: list[TensorSpec]) -> bytes:
+    table: dict[str, object] = {"__metadata__": {"format": "pyruntime"}}
+    offset = 0
+    for tensor in tensors:
+        table[tensor.name] = {
+            "dtype": {"bfloat16": "BF16", "float32": "F32"}[tensor.dtype],
+            "shape": list(tensor.stored_shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGN)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    # Not tensor.numpy(): numpy is not a dependency and knows no bfloat16.
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def _write_all(file: object, view: memoryview) -> int:
+    total = len(view)
+    while len(view):
+        view = view[file.write(view) :]  # type: ignore[attr-defined]
+    return total
+
+
+def _finish(item: tuple[Tensor | None, Future[None], Future[int]]) -> None:
+    item[1].result()
+    item[2].result()

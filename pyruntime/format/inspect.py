@@ -1,0 +1,108 @@
+"""What a model folder holds, for people (`text`) and for programs (`describe`)."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from pyruntime.format.manifest import read_manifest
+from pyruntime.format.spec import decoder_tensors, to_dict
+
+_PARTS = ("embedding", "attention", "mlp", "norms", "gates", "head")
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Plain JSON types; reads runtime.json only. A tied head counts once, as the embedding.
+
+    Raises:
+        FormatError: not a model folder, or its runtime.json is malformed.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    parameters = dict.fromkeys(_PARTS, 0)
+    sizes = dict.fromkeys(_PARTS, 0)
+    for tensor in decoder_tensors(manifest.spec, manifest.gates):
+        part = _part(tensor.name)
+        parameters[part] += math.prod(tensor.shape)
+        sizes[part] += tensor.nbytes
+    return {
+        "path": str(folder),
+        "family": "decoder",
+        "architecture": to_dict(manifest.spec),
+        "gates": manifest.gates and to_dict(manifest.gates),
+        "calibration": manifest.calibration,
+        "provenance": manifest.provenance,
+        "parameters": {"total": sum(parameters.values()), **parameters},
+        "bytes": {"total": sum(sizes.values()), **sizes},
+        "shards": {name: shard.bytes for name, shard in manifest.shards.items()},
+        "tokenizer": (folder / "tokenizer.json").is_file(),
+        "chat_template": (folder / "chat_template.jinja").is_file(),
+    }
+
+
+def text(path: str | os.PathLike[str]) -> str:
+    """The same, to be read.
+
+    Raises:
+        FormatError: as `describe`.
+    """
+    facts = describe(path)
+    spec, gates, calibration = facts["architecture"], facts["gates"], facts["calibration"]
+    tied = "tied" if spec["tie_embeddings"] else "own head"
+    scaling = (spec["rope_scaling"] or {}).get("rope_type", "no scaling")
+    rows = [
+        ("model", f"{spec['source_family']} decoder, {spec['dtype']}"),
+        ("layers", f"{spec['num_layers']} of width {spec['hidden_size']}, "
+                   f"MLP {spec['intermediate_size']}"),
+        ("heads", f"{spec['num_heads']} query, {spec['num_kv_heads']} key/value, "
+                  f"{spec['head_dim']} wide"),
+        ("vocabulary", f"{spec['vocab_size']} tokens ({tied}), "
+                       f"end tokens {spec['eos_token_ids']}"),
+        ("positions", f"{spec['max_positions']}, rope theta {spec['rope_theta']:g}, {scaling}"),
+    ]  # fmt: skip
+    for part in ("total", *_PARTS):
+        if facts["parameters"][part]:
+            size = f"{facts['bytes'][part] / 1e6:10.1f} MB"
+            rows.append((part, f"{facts['parameters'][part]:>15,} parameters {size}"))
+    rows.append(("gates", _gate_text(gates) if gates else "none"))
+    rows.append(("calibration", _calibration_text(calibration) if calibration else "none"))
+    rows.append(("tokenizer", "present" if facts["tokenizer"] else "none: token ids only"))
+    rows.append(("files", f"{len(facts['shards'])} shards"))
+    rows += [(key, str(value)) for key, value in facts["provenance"].items()]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([facts["path"], *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+
+def _gate_text(gates: dict[str, Any]) -> str:
+    kind = gates["gate_type"] + (" (scalar)" if gates["mlp_scalar"] else "")
+    flags = {"attention": gates["gate_attention"], "MLP": gates["gate_mlp"]}
+    where = " and ".join(name for name, on in flags.items() if on)
+    shared = ", shared by all layers" if gates["shared"] else ""
+    scaled = "" if gates["actually_gate"] else ", ranks only"
+    return (
+        f"{gates['kind']} {kind} on {where}{shared}, {gates['gating_mode']}{scaled}; "
+        f"default rule {gates['rule']} at skip ratio {gates['skip_ratio']:g}, "
+        f"{gates['kv_mode']} keys and values"
+    )
+
+
+def _calibration_text(calibration: dict[str, Any]) -> str:
+    budgets = calibration["budgets"]
+    return (
+        f"{len(budgets)} budgets from {max(budgets):g} to {min(budgets):g} "
+        f"on {calibration['tokens']} tokens, default {calibration['default_budget']:g}"
+    )
+
+
+def _part(name: str) -> str:
+    if name.startswith("gates.") or ".gate." in name:
+        return "gates"
+    if name.startswith("embed."):
+        return "embedding"
+    if name.startswith("lm_head."):
+        return "head"
+    if "norm." in name:
+        return "norms"
+    return "attention" if ".attn." in name else "mlp"

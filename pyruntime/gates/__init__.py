@@ -1,0 +1,1 @@
+"""Gates and planners: scores to Plans."""

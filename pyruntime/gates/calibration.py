@@ -1,0 +1,50 @@
+"""Calibrated thresholds: one table per model, any budget by interpolation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyruntime.errors import InvalidInput
+
+
+class Calibration:
+    """Thresholds of every layer and branch over a grid of budgets (falling, 1.0 first).
+
+    The grid's entry at budget 1.0 is the smallest calibration score, so that budgets between it and
+    the next entry interpolate; a budget of exactly 1.0 never skips, one of exactly 0.0 always does.
+    """
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self.record = dict(record)
+        self.budgets = [float(budget) for budget in record["budgets"]]
+        rows = [
+            [[-torch.inf if tau is None else tau for tau in layer] for layer in table]
+            for table in record["thresholds"]
+        ]
+        self.thresholds = torch.tensor(rows, dtype=torch.float32)  # [G, L, 2]
+        if len(self.budgets) != len(rows) or sorted(self.budgets, reverse=True) != self.budgets:
+            raise InvalidInput("calibration: budgets must fall, with one threshold table each")
+
+    @property
+    def default_budget(self) -> float:
+        """Budget of a request that names none."""
+        return float(self.record.get("default_budget", 1.0))
+
+    def tau(self, budget: float) -> Tensor:
+        """Thresholds at a budget, float32 [L, 2]; a row is skipped iff its score is <= tau."""
+        shape = self.thresholds[0]
+        if budget >= 1.0:
+            return torch.full_like(shape, -torch.inf)
+        if budget <= 0.0:
+            return torch.where(shape == -torch.inf, shape, torch.inf)
+        above = max(i for i, grid in enumerate(self.budgets) if grid >= budget or i == 0)
+        below = min(above + 1, len(self.budgets) - 1)
+        span = self.budgets[above] - self.budgets[below]
+        part = min(max((self.budgets[above] - budget) / span, 0.0), 1.0) if span > 0 else 0.0
+        low, high = self.thresholds[above], self.thresholds[below]
+        mixed = low + (high - low) * part
+        return torch.where(low == -torch.inf, low, mixed)  # a branch that never skips

@@ -1,0 +1,87 @@
+"""The handful of operations that execute any Plan.
+
+Every op exists as `pyruntime.ops.reference` (torch, the specification), `pyruntime.ops.native`
+(C++) and, for the ops of the plan itself, `pyruntime.ops.cuda`; `backend` picks by device and the
+functions here pick by their first argument. Their documentation is the reference's.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from pyruntime.ops.backend import backend
+from pyruntime.ops.weight import Weight
+from pyruntime.plan import Plan
+
+__all__ = [
+    "Weight",
+    "backend",
+    "combine",
+    "compact",
+    "gather",
+    "plan_partition",
+    "plan_threshold",
+    "plan_topk",
+    "quantile",
+    "segment_matmul",
+]
+
+
+def plan_threshold(scores: Tensor, tau: Tensor, weighted: bool = False) -> Plan:
+    """See `pyruntime.ops.reference.plan_threshold`."""
+    return cast(Plan, backend(scores.device).plan_threshold(scores, tau, weighted))
+
+
+def plan_topk(scores: Tensor, k: int, renormalize: bool = False) -> Plan:
+    """See `pyruntime.ops.reference.plan_topk`."""
+    return cast(Plan, backend(scores.device).plan_topk(scores, k, renormalize))
+
+
+def plan_partition(labels: Tensor, segments: int) -> Plan:
+    """See `pyruntime.ops.reference.plan_partition`."""
+    return cast(Plan, backend(labels.device).plan_partition(labels, segments))
+
+
+def quantile(scores: Tensor, q: float) -> Tensor:
+    """See `pyruntime.ops.reference.quantile`."""
+    return cast(Tensor, backend(scores.device).quantile(scores, q))
+
+
+def gather(x: Tensor, plan: Plan) -> Tensor:
+    """See `pyruntime.ops.reference.gather`."""
+    return cast(Tensor, backend(x.device).gather(x, plan))
+
+
+def compact(x: Tensor, plan: Plan) -> Tensor:
+    """See `pyruntime.ops.reference.compact`."""
+    return cast(Tensor, backend(x.device).compact(x, plan))
+
+
+def combine(
+    packed: Tensor, plan: Plan, out: Tensor, channel_weights: Tensor | None = None
+) -> Tensor:
+    """See `pyruntime.ops.reference.combine`."""
+    return cast(Tensor, backend(packed.device).combine(packed, plan, out, channel_weights))
+
+
+def segment_matmul(
+    x: Tensor,
+    weight: Weight,
+    plan: Plan | None = None,
+    *,
+    gather: bool = False,
+    epilogue: str = "none",
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """See `pyruntime.ops.reference.segment_matmul`."""
+    ops = backend(x.device)
+    return cast(
+        Tensor,
+        ops.segment_matmul(
+            x, weight, plan, gather=gather, epilogue=epilogue, bias=bias, out_dtype=out_dtype
+        ),
+    )

@@ -1,0 +1,77 @@
+"""Starts a server process, finds its port, and makes sure it is gone afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Server:
+    def __init__(self, command: list[str]) -> None:
+        self.process = subprocess.Popen(
+            command,
+            cwd=os.getcwd(),
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        line = self.process.stdout.readline()  # type: ignore[union-attr]
+        if "listening on " not in line:
+            raise RuntimeError(f"no address: {line!r} {self.process.communicate()}")
+        self.url = line.split("listening on ")[1].strip()
+
+    def wait_ready(self, seconds: float = 60) -> None:
+        self.wait_for(lambda ready: ready["ready"], seconds)
+
+    def ready(self) -> dict[str, Any]:
+        return dict(httpx.get(self.url + "/readyz", timeout=10).json())
+
+    def wait_for(self, condition: Any, seconds: float = 10) -> dict[str, Any]:
+        end = time.monotonic() + seconds
+        while not condition(body := self.ready()):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{body}")
+            time.sleep(0.02)
+        return body
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0, timeout=30)
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=30, **options)
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self, seconds: float = 30) -> int:
+        return self.process.wait(seconds)
+
+    def log(self) -> str:
+        """Everything the process wrote; only after it has ended."""
+        return self.process.communicate(timeout=10)[1]
+
+
+@contextlib.contextmanager
+def started(*options: str, ready: bool = True) -> Iterator[Server]:
+    server = Server([sys.executable, "-m", "tests.serve.fake_server", *options])
+    try:
+        if ready:
+            server.wait_ready()
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.communicate()
