@@ -25,7 +25,7 @@ void plan_topk(const float* scores, int64_t n, int64_t experts, int64_t k, bool 
 int64_t plan_partition(const int32_t* labels, int64_t n, int64_t segments, int32_t* rows,
                        int32_t* offsets, int32_t* inverse);
 
-// Linearly interpolated quantile of n >= 1 scores; scratch [n] is overwritten.
+// Linearly interpolated quantile of n >= 1 scores, NaN above all; scratch [n] is overwritten.
 float quantile(const float* scores, int64_t n, double q, float* scratch);
 
 // ---- movement ----

@@ -83,11 +83,13 @@ float quantile(const float* scores, int64_t n, double q, float* scratch) {
   std::copy(scores, scores + n, scratch);
   const double rank = q * double(n - 1);
   const int64_t below = int64_t(rank);
-  std::nth_element(scratch, scratch + below, scratch + n);
+  // NaN last, as torch sorts: a plain < is no order when there are NaNs.
+  const auto less = [](float a, float b) { return a < b || (std::isnan(b) && !std::isnan(a)); };
+  std::nth_element(scratch, scratch + below, scratch + n, less);
   const float low = scratch[below];
   const float part = float(rank - double(below));
   if (part == 0.0f) return low;
-  const float high = *std::min_element(scratch + below + 1, scratch + n);
+  const float high = *std::min_element(scratch + below + 1, scratch + n, less);
   const float step = (high - low) * part;
   return low + step;
 }

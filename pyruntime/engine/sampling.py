@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyruntime.engine.request import SamplingParams
 
-_FIRST_WIDTH = 1024
+_GROUP_ELEMENTS = 1 << 16
 
 
 def make_generator(params: SamplingParams) -> torch.Generator | None:
@@ -35,11 +35,13 @@ def sample(
     """
     tokens: list[int] = logits.argmax(dim=-1).tolist()
     random = [i for i, g in enumerate(generators) if g is not None]
-    if random:
+    # A few rows at a time, so that the passes over them stay in the processor's cache.
+    group = max(1, _GROUP_ELEMENTS // logits.shape[1])
+    for rows in (random[i : i + group] for i in range(0, len(random), group)):
         drawn = _draw(
-            logits[random].float(), [params[i] for i in random], [generators[i] for i in random]
+            logits[rows].float(), [params[i] for i in rows], [generators[i] for i in rows]
         )
-        for i, token in zip(random, drawn, strict=True):
+        for i, token in zip(rows, drawn, strict=True):
             tokens[i] = token
     return tokens
 
@@ -80,19 +82,12 @@ def _keep_top_k(logits: Tensor, top_k: Sequence[int]) -> None:
 
 def _keep_top_p(probs: Tensor, top_p: Sequence[float]) -> None:
     """Zeroes in place all below the smallest probability of the nucleus; ties with it stay."""
-    rows = [i for i, p in enumerate(top_p) if p < 1]
-    if not rows:
-        return
-    mass = torch.tensor([[top_p[i]] for i in rows], device=probs.device)
-    # The nucleus is nearly always small: sort a short head, and more only if that is not enough.
-    width = min(_FIRST_WIDTH, probs.shape[-1])
-    while True:
-        head = probs[rows].topk(width, dim=-1).values
-        before = head.cumsum(dim=-1) - head
-        if width == probs.shape[-1] or bool((before[:, -1:] >= mass).all()):
-            break
-        width = min(width * 8, probs.shape[-1])
-    last = (before < mass).sum(dim=-1, keepdim=True) - 1
-    floor = torch.zeros_like(probs[:, :1])
-    floor[rows] = head.gather(1, last.clamp(min=0))
-    probs.masked_fill_(probs < floor, 0)
+    for row, p in zip(probs, top_p, strict=True):
+        if p == 1:
+            continue
+        # All entries below (1-p)/V together weigh less than 1-p: the nucleus lies above, and only
+        # that part is sorted. Half the bound leaves room for rounding.
+        head = row[row >= (1 - p) / len(row) / 2].sort(descending=True).values
+        before = head.cumsum(dim=0) - head
+        last = max(int((before < p).sum()), 1) - 1
+        row.masked_fill_(row < head[last], 0)

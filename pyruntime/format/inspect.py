@@ -64,8 +64,8 @@ def text(path: str | os.PathLike[str]) -> str:
     ]  # fmt: skip
     for part in ("total", *_PARTS):
         if facts["parameters"][part]:
-            size = f"{facts['bytes'][part] / 1e6:10.1f} MB"
-            rows.append((part, f"{facts['parameters'][part]:>15,} parameters {size}"))
+            count, size = facts["parameters"][part], facts["bytes"][part]
+            rows.append((part, f"{count:>15,} parameters {size / 1e6:12,.3f} MB"))
     rows.append(("gates", _gate_text(gates) if gates else "none"))
     rows.append(("calibration", _calibration_text(calibration) if calibration else "none"))
     rows.append(("tokenizer", "present" if facts["tokenizer"] else "none: token ids only"))

@@ -6,6 +6,7 @@ A leaf module: models, engine and profile build from these records without impor
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -158,7 +159,7 @@ def rope_scaling_problems(scaling: Mapping[str, Any]) -> list[str]:
     for key, value in scaling.items():
         if key == "rope_type":
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        if not (_fits(value, float) and value > 0):
             problems.append(f"rope scaling {key} must be a positive number, is {value!r}")
     return problems
 
@@ -267,7 +268,8 @@ def _fits(value: object, hint: Any) -> bool:
     if hint is types.NoneType:
         return value is None
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and math.isfinite(value)  # type: ignore[arg-type]
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

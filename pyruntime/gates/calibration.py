@@ -35,7 +35,11 @@ class Calibration:
         return float(self.record.get("default_budget", 1.0))
 
     def tau(self, budget: float) -> Tensor:
-        """Thresholds at a budget, float32 [L, 2]; a row is skipped iff its score is <= tau."""
+        """Thresholds at a budget, float32 [L, 2]; a row is skipped iff its score is <= tau.
+
+        Raises:
+            InvalidInput: the budget lies where the record holds nothing to interpolate.
+        """
         shape = self.thresholds[0]
         if budget >= 1.0:
             return torch.full_like(shape, -torch.inf)
@@ -46,5 +50,12 @@ class Calibration:
         span = self.budgets[above] - self.budgets[below]
         part = min(max((self.budgets[above] - budget) / span, 0.0), 1.0) if span > 0 else 0.0
         low, high = self.thresholds[above], self.thresholds[below]
+        if part == 0.0:
+            return low.clone()
+        if bool(((low == -torch.inf) & (high > -torch.inf)).any()):
+            raise InvalidInput(
+                f"budget {budget}: no thresholds are stored between {self.budgets[above]} and "
+                f"{self.budgets[below]}; run `pyruntime calibrate`"
+            )
         mixed = low + (high - low) * part
         return torch.where(low == -torch.inf, low, mixed)  # a branch that never skips

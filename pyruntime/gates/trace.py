@@ -18,6 +18,7 @@ class Trace:
         paths: how many branches ran "all" rows, "packed" ones, "none", or "dense" (every row, because
             packing was measured not to pay).
         mode: the routing rule.
+        kv_mode: "dense", or "copy" where skipped rows took keys and values of the layer below.
         budgets: float32 [N], the compute budget each row was given.
     """
 
@@ -26,6 +27,7 @@ class Trace:
     macs_dense_per_row: Tensor
     paths: dict[str, int]
     mode: str
+    kv_mode: str
     budgets: Tensor
 
     @property

@@ -55,21 +55,21 @@ class Cost:
             head=d * spec.vocab_size,
         )
 
-    def layer(self, kept: Tensor, context: Tensor, kv_rows: Tensor | None = None) -> Tensor:
-        """int64 [N] of one gated layer.
+    def executed(self, ran: Tensor, context: Tensor) -> Tensor:
+        """int64 [N] of all layers of the gated model, without the head; every row has its own K/V.
 
         Args:
-            kept: bool [2, N].
+            ran: bool [L, 2, N], rows that attention (0) and the MLP (1) were computed for.
             context: int64 [N], cache entries a row sees.
-            kv_rows: bool [N], rows whose keys and values were computed; None for all.
         """
-        fixed = self.gate_attention + self.gate_mlp
-        total = kept[0] * (self.attention + self.scores * context) + kept[1] * self.mlp + fixed
-        return total + (self.kv if kv_rows is None else kv_rows * self.kv)
+        layers = ran.shape[0]
+        attention, mlp = ran.sum(0)
+        total = attention * (self.attention + self.scores * context) + mlp * self.mlp
+        return total + layers * (self.kv + self.gate_attention + self.gate_mlp)
 
-    def dense_layer(self, context: Tensor) -> Tensor:
-        """int64 [N] of one layer of the ungated model."""
-        return self.kv + self.attention + self.mlp + self.scores * context
+    def dense(self, layers: int, context: Tensor) -> Tensor:
+        """int64 [N] of all layers of the ungated model, without the head."""
+        return layers * (self.kv + self.attention + self.mlp + self.scores * context)
 
 
 def trace_of(
@@ -90,24 +90,23 @@ def trace_of(
     """
     rows = positions.shape[0]
     context = positions.long() + 1
-    kept = torch.ones(num_layers, 2, rows, dtype=torch.bool)
+    places = [(layer, branch) for layer in range(num_layers) for branch in (0, 1)]
+    plans = [router.plans[place] for place in places]
+    kept = torch.stack([plan.inverse for plan in plans]).view(num_layers, 2, rows) >= 0
     paths = {"all": 0, "packed": 0, "dense": 0, "none": 0}
-    executed = torch.zeros(rows, dtype=torch.int64)
-    dense = cost.dense_layer(context) * num_layers
-    for layer in range(num_layers):
-        ran = torch.ones(2, rows, dtype=torch.bool)
-        for branch in (0, 1):
-            plan = router.plans[layer, branch]
-            mask = plan.inverse[:, 0] >= 0
-            kept[layer, branch] = mask
-            if (layer, branch) in router.ran_dense:
-                paths["dense"] += 1
-                continue
-            ran[branch] = mask
-            share = "all" if plan.kept == rows else "packed" if plan.kept else "none"
-            paths[share] += 1
-        copied = router.copy_kv and layer > 0
-        executed += cost.layer(ran, context, kept[layer, 0] if copied else None)
-    head = torch.zeros(rows, dtype=torch.int64)
-    head[logit_rows] = cost.head
-    return Trace(kept, executed + head, dense + head, paths, mode, budgets)
+    for place, plan in zip(places, plans, strict=True):
+        share = "all" if plan.kept == rows else "packed" if plan.kept else "none"
+        paths["dense" if place in router.ran_dense else share] += 1
+    ran = kept
+    if router.ran_dense:
+        ran = kept.clone()
+        for layer, branch in router.ran_dense:
+            ran[layer, branch] = True
+    # A row's keys and values follow its decision, not the path its branch took.
+    executed = cost.executed(ran, context)
+    if router.copy_kv:
+        executed -= (num_layers - 1 - kept[1:, 0].sum(0)) * cost.kv
+    dense = cost.dense(num_layers, context)
+    executed[logit_rows] += cost.head
+    dense[logit_rows] += cost.head
+    return Trace(kept, executed, dense, paths, mode, "copy" if router.copy_kv else "dense", budgets)

@@ -64,25 +64,25 @@ def plan_threshold(scores: Tensor, tau: Tensor, weighted: bool = False) -> Plan:
     _check("plan_threshold", "tau", tau, _F32, 0 if single else 1)
     if not single and tau.shape[0] != count:
         raise InvalidInput(f"plan_threshold: tau has {tau.shape[0]} rows, scores {count}")
-    # One allocation for the index tensors: for few rows their creation is most of the cost.
-    memory = torch.empty(2 * count + 2, dtype=_I32)
+    rows = torch.empty(count, dtype=_I32)
+    offsets = torch.empty(2, dtype=_I32)
+    inverse = torch.empty(count, 1, dtype=_I32)
     weights = torch.empty(count, dtype=_F32) if weighted else None
-    base = memory.data_ptr()
     kept = _cpu.plan_threshold(
         scores.data_ptr(),
         tau.data_ptr(),
         0 if single else 1,
         count,
-        base + 4 * count + 8,
-        base,
-        base + 8,
+        rows.data_ptr(),
+        offsets.data_ptr(),
+        inverse.data_ptr(),
         0 if weights is None else weights.data_ptr(),
     )
-    offsets, inverse, rows = memory.split((2, count, count))
     if kept != count:
-        rows = rows[:kept]
-        weights = None if weights is None else weights[:kept]
-    return Plan(rows, offsets, weights, inverse.unsqueeze(1), count, kept)
+        rows.resize_(kept)  # shrinks in place: cheaper than a view, and this code runs per token
+        if weights is not None:
+            weights.resize_(kept)
+    return Plan(rows, offsets, weights, inverse, count, kept)
 
 
 def plan_topk(scores: Tensor, k: int, renormalize: bool = False) -> Plan:

@@ -65,7 +65,8 @@ def plan_topk(scores: Tensor, k: int, renormalize: bool = False) -> Plan:
     ranked = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     # A stable sort settles ties by segment; NaN and -inf are told apart by a second, minor key.
     order = torch.argsort(scores.isnan().int(), dim=1, stable=True)
-    order = order.gather(1, torch.argsort(ranked.gather(1, order), 1, descending=True, stable=True))
+    best = torch.argsort(ranked.gather(1, order), dim=1, descending=True, stable=True)
+    order = order.gather(1, best)
     chosen = order[:, :k]
     weights = scores.gather(1, chosen)
     if renormalize:
@@ -82,7 +83,10 @@ def plan_topk(scores: Tensor, k: int, renormalize: bool = False) -> Plan:
 
 
 def quantile(scores: Tensor, q: float) -> Tensor:
-    """Quantile of float32 [N >= 1] by linear interpolation, float32 []; rank q*(N-1) in float64."""
+    """Quantile of float32 [N >= 1] by linear interpolation, float32 []; rank q*(N-1) in float64.
+
+    NaN ranks above every number.
+    """
     if not 0.0 <= q <= 1.0 or scores.numel() == 0:
         raise InvalidInput(
             f"quantile: needs q in [0, 1] and at least one score, got q={q} of {scores.numel()}"

@@ -126,9 +126,18 @@ def _to_panels(rows: Tensor) -> Tensor:
     segments, _, depth = rows.shape
     rows = _pad_rows(rows, PANEL)
     if rows.dtype == torch.float32:
-        return rows.view(segments, -1, PANEL, depth).transpose(2, 3).contiguous()
+        return _transpose_panels(rows.contiguous().view(segments, -1, PANEL, depth))
     if depth % 2:
         rows = torch.nn.functional.pad(rows, (0, 1))
     # A pair of bfloat16 is moved as one 32-bit word: half the elements to permute.
     words = rows.contiguous().view(torch.int32).view(segments, -1, PANEL, rows.shape[2] // 2)
-    return words.transpose(2, 3).contiguous().view(torch.bfloat16).unflatten(-1, (PANEL, 2))
+    return _transpose_panels(words).view(torch.bfloat16).unflatten(-1, (PANEL, 2))
+
+
+def _transpose_panels(panels: Tensor) -> Tensor:
+    """[S, P, 32, K] to [S, P, K, 32], one matrix at a time: torch blocks 2-D transposes only."""
+    segments, count, rows, depth = panels.shape
+    out = panels.new_empty(segments, count, depth, rows)
+    for to, panel in zip(out.flatten(0, 1), panels.flatten(0, 1), strict=True):
+        to.copy_(panel.t())
+    return out

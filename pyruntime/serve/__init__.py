@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
-from pyruntime.serve.lifecycle import ServeConfig, serve
+from pyruntime.errors import Unavailable
+
+try:
+    from pyruntime.serve.lifecycle import ServeConfig, serve
+except ModuleNotFoundError as error:
+    if error.name not in ("starlette", "uvicorn", "pydantic", "orjson"):
+        raise
+    raise Unavailable(
+        f"serving needs the package `{error.name}`: pip install 'pyruntime[serve]'"
+    ) from error
 
 __all__ = ["ServeConfig", "serve"]

@@ -231,13 +231,14 @@ class _Answer:
         self._closed = True
         self._engine.release(self._stream)
         log.info(
-            "%s prompt=%d output=%d budget=%.3f mode=%s compute=%.4f finish=%s "
+            "%s prompt=%d output=%d budget=%.3f mode=%s kv_mode=%s compute=%.4f finish=%s "
             "first=%.3fs total=%.3fs",
             self._reply.id,
             len(self._stream.request.prompt_token_ids),
             self._tokens,
             self._reply.budget,
             self._reply.mode,
+            self._stream.request.policy.kv_mode,
             self._mean,
             end,
             (self._first or time.monotonic()) - self._began,

@@ -67,7 +67,9 @@ def serve(
 
 def run(load: Callable[[], Engine], model: str, config: ServeConfig) -> int:
     """The server around any engine: 0 after a clean stop, 1 when the engine failed."""
-    return asyncio.run(_Lifecycle(load, model, config).run())
+    lifecycle = _Lifecycle(load, model, config)
+    with asyncio.Runner(loop_factory=lifecycle.loop_factory) as runner:
+        return runner.run(lifecycle.run())
 
 
 class _Lifecycle:
@@ -95,6 +97,11 @@ class _Lifecycle:
             on_signal=self._signalled,
         )
 
+    @property
+    def loop_factory(self) -> Callable[[], asyncio.AbstractEventLoop] | None:
+        """uvloop's where it is installed."""
+        return self._server.config.get_loop_factory()
+
     async def run(self) -> int:
         family = socket.AF_INET6 if ":" in self._config.host else socket.AF_INET
         listener = socket.create_server(
@@ -108,7 +115,7 @@ class _Lifecycle:
         await self._server.serve(sockets=[listener])
         if not engine.stop():
             log.critical("the engine did not stop; leaving it behind")
-            self._failed = True
+            self._failed |= engine.engine is not None  # a load cut short has failed nobody
         if engine.engine is None and isinstance(engine.error, PyRuntimeError):
             raise engine.error  # the model could not be loaded: the caller's to report
         return 1 if self._failed else 0

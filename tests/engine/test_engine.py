@@ -57,6 +57,30 @@ def test_greedy_tokens_do_not_depend_on_batch_chunks_or_blocks(
     assert llm.engine.stats().free_blocks == llm.engine.stats().total_blocks
 
 
+@settings(max_examples=40, deadline=None)
+@given(prompts, st.lists(st.tuples(st.integers(0, 5), st.integers(0, 40)), max_size=5))
+def test_aborted_requests_disturb_nobody(
+    prompts: list[list[int]], aborts: list[tuple[int, int]]
+) -> None:
+    engine = Engine(FakeRuntime(), EngineConfig(max_num_seqs=3, max_step_tokens=16))  # type: ignore[arg-type]
+    requests = [engine.request(prompt, GREEDY) for prompt in prompts]
+    for request in requests:
+        engine.add_request(request)
+    step = 0
+    while engine.has_unfinished():
+        for which, when in aborts:
+            if when == step and which < len(requests):
+                engine.abort(requests[which])
+        engine.step()
+        engine.scheduler.check()
+        step += 1
+    for request in requests:
+        expected = alone(request.prompt_token_ids, GREEDY)
+        assert request.output_token_ids == expected[: request.num_output]
+        assert request.finish_reason == "abort" or request.num_output == len(expected)
+    assert engine.stats().free_blocks == engine.stats().total_blocks
+
+
 def test_seeded_sampling_does_not_depend_on_batch_mates() -> None:
     llm = LLM(FakeRuntime())  # type: ignore[arg-type]
     seeded = SamplingParams(temperature=1.5, seed=3, max_tokens=20)

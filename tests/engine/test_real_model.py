@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,9 +20,12 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    folder = gated_folder(tmp_path_factory.mktemp("gated"))
-    return pyruntime.engine.runtime.load(folder)
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
+    # A model this small only waits at the barriers of a second thread.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield pyruntime.engine.runtime.load(gated_folder(tmp_path_factory.mktemp("gated")))
+    torch.set_num_threads(threads)
 
 
 def prompts(count: int) -> list[list[int]]:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from torch import Tensor
+
 from pyruntime.format import inspect
 from pyruntime.format.convert import convert
 from pyruntime.format.load import read
 from pyruntime.format.spec import decoder_tensors
 from pyruntime.ops.weight import Weight
-from safetensors import safe_open
-from torch import Tensor
-
 from tests.checkpoints import State, write_hf_folder
 
 PROJECTIONS = {

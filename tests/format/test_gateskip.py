@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+
 from pyruntime.errors import ConversionError
 from pyruntime.format.convert import Report, convert
 from pyruntime.format.load import read
 from pyruntime.format.spec import decoder_tensors
-
 from tests.checkpoints import State, write_gateskip_pt, write_hf_folder
 from tests.format.test_convert import values
 
@@ -142,6 +142,8 @@ def test_mixed_dtypes_follow_the_backbone(tmp_path: Path) -> None:
     _, report = make(tmp_path, adapter=True)
     assert report.spec.dtype == "bfloat16"
     assert any("gate weights are rounded" in note for note in report.notes)
+    _, report = make(tmp_path, "scalar", adapter=True)
+    assert not report.notes  # a scalar gate is small enough to stay in float32
 
 
 GATE = "model.layers.1.mlp.gate.gate"

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from pyruntime.errors import FormatError
 from pyruntime.format.convert import convert
 from pyruntime.format.load import read, write_calibration
-
 from tests.checkpoints import write_gateskip_pt, write_hf_folder
 
 Edit = Callable[[dict[str, Any]], object]
@@ -163,17 +163,3 @@ def test_calibration_without_gates(tmp_path: Path) -> None:
     convert(tmp_path / "src", tmp_path / "dst")
     with pytest.raises(FormatError, match="has no gates"):
         write_calibration(tmp_path / "dst", calibration())
-
-
-def test_mapping_costs_no_memory(tmp_path: Path) -> None:
-    write_hf_folder(tmp_path / "src", vocab_size=40_000, hidden_size=256)
-    convert(tmp_path / "src", tmp_path / "dst")
-
-    def resident() -> int:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * 4096
-
-    before = resident()
-    container = read(tmp_path / "dst", verify=False)
-    assert container.tensors
-    assert resident() - before < 8_000_000  # the weights are 84 MB

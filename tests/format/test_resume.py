@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+
 from pyruntime.errors import ConversionError
 from pyruntime.format import convert as convert_module
 from pyruntime.format.convert import convert
 from pyruntime.format.convert.stage import open_stage
 from pyruntime.format.load import read
 from pyruntime.format.manifest import Shard
-
 from tests.checkpoints import write_hf_folder
 
 SHARD_BYTES = 30_000

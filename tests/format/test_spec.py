@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+
 from pyruntime.errors import FormatError
 from pyruntime.format.spec import (
     DecoderSpec,

@@ -48,7 +48,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> cuda_emulator.Emulated
 
 @pytest.fixture(params=[EMULATED, GPU])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """"cuda", or "cpu" with every launch sent to the emulator."""
+    """ "cuda", or "cpu" with every launch sent to the emulator."""
     if request.param == "cpu":
         cuda_emulator.install(monkeypatch, request.getfixturevalue("emulator"))
     yield request.param
@@ -131,9 +131,7 @@ def test_plans_around_the_one_launch_bound(device: str, count: int) -> None:
         reference.plan_threshold(scores, tau),
     )
     labels = torch.randint(-1, 300, (count,), generator=torch.Generator().manual_seed(2)).int()
-    same_plan(
-        cuda.plan_partition(labels.to(device), 300), reference.plan_partition(labels, 300)
-    )
+    same_plan(cuda.plan_partition(labels.to(device), 300), reference.plan_partition(labels, 300))
     scores = random(3, count // 4, 16)
     same_plan(cuda.plan_topk(scores.to(device), 4), reference.plan_topk(scores, 4))
 
@@ -193,8 +191,10 @@ def test_compact(
 def test_compact_keeps_ids(device: str) -> None:
     plan, expected = some_plan(7, 100, 0.4, device)
     ids = torch.arange(100)
-    assert cuda.compact(ids.clone().to(device), plan)[: expected.kept].cpu().equal(
-        expected.rows.long()
+    assert (
+        cuda.compact(ids.clone().to(device), plan)[: expected.kept]
+        .cpu()
+        .equal(expected.rows.long())
     )
 
 
@@ -250,7 +250,9 @@ def check_matmul(
     segments, (width, depth) = len(sizes), shape
     pair = epilogue == "silu_mul"
     labels = torch.repeat_interleave(torch.arange(segments), torch.tensor(sizes)).int()
-    labels = torch.cat([labels, torch.full((5,), -1, dtype=torch.int32)])  # and rows that do not run
+    labels = torch.cat(
+        [labels, torch.full((5,), -1, dtype=torch.int32)]
+    )  # and rows that do not run
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(3))]
     plan = cuda.plan_partition(labels.to(device), segments)
     expected_plan = reference.plan_partition(labels, segments)
@@ -360,7 +362,7 @@ def test_wrong_arguments_are_named(device: str) -> None:
     plan = cuda.plan_threshold(torch.ones(4).to(device), torch.tensor(0.0).to(device))
     with pytest.raises(InvalidInput, match=r"gather: x must be .* \[4, \?\], got .* \[3, 8\]"):
         cuda.gather(torch.zeros(3, 8).to(device), plan)
-    with pytest.raises(InvalidInput, match="scores must be a contiguous CUDA torch.float32"):
+    with pytest.raises(InvalidInput, match=r"scores must be a contiguous CUDA torch\.float32"):
         cuda.plan_threshold(torch.zeros(4, dtype=torch.float64).to(device), torch.tensor(0.0))
     with pytest.raises(InvalidInput, match="k must lie in"):
         cuda.plan_topk(torch.zeros(4, 2).to(device), 3)

@@ -9,13 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Server:
@@ -65,13 +62,20 @@ class Server:
 
 
 @contextlib.contextmanager
-def started(*options: str, ready: bool = True) -> Iterator[Server]:
-    server = Server([sys.executable, "-m", "tests.serve.fake_server", *options])
+def running(command: list[str]) -> Iterator[Server]:
+    server = Server(command)
     try:
-        if ready:
-            server.wait_ready()
         yield server
     finally:
         if server.process.poll() is None:
             server.process.kill()
         server.process.communicate()
+
+
+@contextlib.contextmanager
+def started(*options: str, ready: bool = True) -> Iterator[Server]:
+    """The fake model's server."""
+    with running([sys.executable, "-m", "tests.serve.fake_server", *options]) as server:
+        if ready:
+            server.wait_ready()
+        yield server

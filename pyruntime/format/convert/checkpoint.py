@@ -223,11 +223,10 @@ class _TorchFile:
             data = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except pickle.UnpicklingError as error:
             # torch explains at length how to switch the protection off: say only what it found.
-            found = re.search(r"GLOBAL (\S+)|(?:type|class|global)[: ]+(\S+)", str(error))
-            what = next((group for group in found.groups() if group), "") if found else ""
+            found = re.search(r"GLOBAL (\S+) (?:was|whose)", str(error))
+            what = f" ({found[1]})" if found else ""
             raise ConversionError(
-                f"{path}: holds code or objects {what and f'({what}) '}besides tensors; "
-                "only plain tensors are read"
+                f"{path}: holds code or objects{what} besides tensors; only tensors are read"
             ) from None
         except (RuntimeError, OSError, EOFError, ValueError, TypeError, KeyError, IndexError,
                 AttributeError) as error:  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,10 +34,7 @@ class Config:
     def number(self, key: str, default: float) -> float:
         """A number of either kind."""
         value = self.data.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            self.problems.append(f"{key} must be a number, is {value!r}")
-            return default
-        return float(value)
+        return self._finite(key, value, default)
 
     def flag(self, key: str, default: bool = False) -> bool:
         """true or false."""
@@ -107,6 +105,13 @@ class Config:
                 self.problems.append(str(error))
         raise UnsupportedModel("\n".join(f"{self.path}: {text}" for text in self.problems))
 
+    def _finite(self, key: str, value: object, default: float) -> float:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (number and math.isfinite(value)):  # type: ignore[arg-type]
+            self.problems.append(f"{key} must be a number, is {value!r}")
+            return default
+        return float(value)  # type: ignore[arg-type]
+
     def _rope(self) -> tuple[float, dict[str, Any] | None]:
         """(theta, scaling): transformers 5 keeps both in rope_parameters, 4 apart."""
         given = self.data.get("rope_parameters")
@@ -116,17 +121,15 @@ class Config:
             self.problems.append("rope parameters that differ between layers are not implemented")
             return 1.0, None
         theta = given.get("rope_theta", self.data.get("rope_theta", 10000.0))
-        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not theta > 0:
-            self.problems.append(f"rope_theta must be a positive number, is {theta!r}")
-            return 1.0, None
+        theta = self._finite("rope_theta", theta, 10000.0)
         kind = given.get("rope_type", given.get("type", "default"))
         if kind == "default":
-            return float(theta), None
+            return theta, None
         keys = ROPE_SCALING_KEYS.get(str(kind), frozenset())
         scaling = {key: given[key] for key in sorted(keys & given.keys())}
         scaling["rope_type"] = kind
         self.problems += rope_scaling_problems(scaling)
-        return float(theta), scaling
+        return theta, scaling
 
     def _eos(self) -> tuple[int, ...]:
         """End tokens of both files: chat models name the end of a turn only in the second."""

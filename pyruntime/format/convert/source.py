@@ -65,8 +65,7 @@ class Source:
         self, dtype: Literal["auto", "bfloat16", "float32"]
     ) -> tuple[Source, list[str]]:
         """This source with the model dtype decided ("auto", "bfloat16" or "float32"), and notes."""
-        backbone = self._matrix_dtypes(decoder_tensors(self.spec, None))
-        everything = self._matrix_dtypes(decoder_tensors(self.spec, self.gates))
+        backbone, everything = self._matrix_dtypes(None), self._matrix_dtypes(self.gates)
         if dtype == "auto":
             dtype = "float32" if "float32" in backbone else "bfloat16"
         notes = []
@@ -91,16 +90,16 @@ class Source:
             if name not in wanted and name not in self.copies and not _is_buffer(name)
         ]  # fmt: skip
         missing = [name for name in wanted if name not in entries]
-        spare, free = _by_template(unused or entries), _by_template(missing or wanted)
+        spare, known = _by_template(unused), _by_template(wanted)
         problems = [
             f"missing {name} {list(wanted[name])}{_nearest(name, spare)}" for name in missing
         ]
         problems += [
-            f"unused {name} {list(entries[name].shape)}{_nearest(name, free)}" for name in unused
+            f"unused {name} {list(entries[name].shape)}{_nearest(name, known)}" for name in unused
         ]
         # A copy must equal its original, so it has the same shape.
-        known = {**wanted, **{c: wanted[o] for c, o in self.copies.items() if o in wanted}}
-        for name, shape in known.items():
+        shapes = {**wanted, **{c: wanted[o] for c, o in self.copies.items() if o in wanted}}
+        for name, shape in shapes.items():
             if name not in entries:
                 continue
             entry = entries[name]
@@ -118,12 +117,13 @@ class Source:
             where = ", ".join(str(path) for path in dict.fromkeys(self.checkpoint.paths))
             raise ConversionError("\n".join([f"{where}: {len(problems)} problems", *problems]))
 
-    def _matrix_dtypes(self, targets: list[TensorSpec]) -> set[str]:
+    def _matrix_dtypes(self, gates: GateSpec | None) -> set[str]:
+        """Source dtypes of the tensors that take the model's dtype; the others stay float32."""
         entries = self.checkpoint.entries
         return {
             entries[name].dtype
-            for target in targets
-            if len(target.shape) == 2
+            for target in decoder_tensors(dataclasses.replace(self.spec, dtype="bfloat16"), gates)
+            if target.dtype == "bfloat16"
             for name in self._sources_of(target.name)
             if name in entries
         }

@@ -156,12 +156,11 @@ def compile_source(folder: Path, source: str, arch: str) -> tuple[bytes, str]:
     Raises:
         Unavailable: the source or CuPy is missing, or the compiler refused (its log is included).
     """
-    _cupy()
-    from cupy.cuda import nvrtc
-
-    headers = [_read(folder / name) for name in HEADERS]
+    nvrtc = _nvrtc()
+    headers = [_read(folder / name).encode() for name in HEADERS]  # CuPy wants bytes here
+    names = [name.encode() for name in HEADERS]
     text = _read(folder / f"{source}.cu")
-    program = nvrtc.createProgram(text, f"{source}.cu", headers, list(HEADERS))
+    program = nvrtc.createProgram(text, f"{source}.cu", headers, names)
     try:
         nvrtc.compileProgram(program, [f"-arch={arch}", *OPTIONS])
         return nvrtc.getCUBIN(program), nvrtc.getPTX(program)
@@ -176,9 +175,7 @@ def compile_source(folder: Path, source: str, arch: str) -> tuple[bytes, str]:
 
 def compile_cached(folder: Path, source: str, arch: str) -> Path:
     """`compile_source` into the user's cache; returns the path of the cubin."""
-    _cupy()
-    from cupy.cuda import nvrtc
-
+    nvrtc = _nvrtc()
     key = hashlib.sha256(repr((arch, OPTIONS, nvrtc.getVersion())).encode())
     for name in (f"{source}.cu", *HEADERS):
         key.update(_read(folder / name).encode())
@@ -208,6 +205,19 @@ def _cupy() -> Any:
             f"cuda: the kernels are loaded by CuPy: pip install 'cupy-cuda13x[ctk]' ({error})"
         ) from None
     return cupy
+
+
+def _nvrtc() -> Any:
+    _cupy()
+    from cupy.cuda import nvrtc
+
+    try:
+        nvrtc.getVersion()
+    except RuntimeError as error:  # cuda.pathfinder found no library
+        raise Unavailable(
+            f"cuda: CuPy finds no NVRTC: pip install nvidia-cuda-nvrtc ({error})"
+        ) from None
+    return nvrtc
 
 
 def _current_stream(device: int) -> int:

@@ -1,0 +1,198 @@
+"""Is every op near its limit, and is a call cheap?
+
+    python -m bench.bench_ops [--only import calls move matmul] [--threads 2] [--quick]
+
+Sections: import time against torch; checked calls and planners in microseconds; gather and combine
+against the measured copy bandwidth; segment_matmul with few rows per segment against the time to
+read its weights once, and with many rows against torch's dense matmul of equal FLOPs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyruntime import ops
+from pyruntime.ops import Weight
+from pyruntime.plan import Plan
+
+from bench import limits
+from bench.harness import Report, alternate, target, timed
+
+LARGE = 64 << 20  # bytes that are gathered and combined: twice the last-level cache
+WEIGHTS = 256 << 20  # bytes of the matrices of a small-segment matmul: eight times the cache
+IMPORT = "import time; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
+PUBLIC = "import pyruntime; [getattr(pyruntime, name) for name in pyruntime.__all__]"
+
+
+def bench_import(report: Report, quick: bool) -> None:
+    """Import time in fresh processes; every public name resolved, because imports are lazy."""
+
+    def fresh(statement: str) -> Callable[[], float]:
+        command = [sys.executable, "-c", IMPORT.format(statement)]
+        return lambda: float(subprocess.run(command, capture_output=True, check=True).stdout)
+
+    arms = {"torch": fresh("import torch"), "pyruntime": fresh(PUBLIC)}
+    samples = alternate(arms, rounds=3 if quick else 11, seconds=0 if quick else 40)
+    extra_ms = 1e3 * (samples.p50("pyruntime") - samples.p50("torch"))
+    report.add(
+        op="import", what="every public name, ms beyond import torch",
+        torch_ms=samples.p50("torch") * 1e3, **samples.times("pyruntime"), **samples.guard(),
+        **target(extra_ms, 80, at_most=True),
+    )  # fmt: skip
+
+
+def bench_calls(report: Report, quick: bool) -> None:
+    """Cost of a call: checks, allocation, binding and next to no work."""
+    random = torch.Generator().manual_seed(0)
+    few, everyone = torch.randn(8, 64, generator=random), Plan.all(8)
+    scores, tau = torch.rand(256, generator=random), torch.tensor(0.5)
+    routed = torch.rand(256, 8, generator=random)
+    labels = torch.randint(0, 8, (256,), generator=random, dtype=torch.int32)
+    calls: list[tuple[str, str, Callable[[], Any], float]] = [
+        ("gather", "checked call, 8 rows of 64", lambda: ops.gather(few, everyone), 6),
+        ("plan_threshold", "N=256", lambda: ops.plan_threshold(scores, tau), 15),
+        ("plan_threshold", "N=256, weighted", lambda: ops.plan_threshold(scores, tau, True), 15),
+        ("plan_topk", "N=256, E=8, k=2", lambda: ops.plan_topk(routed, 2), 15),
+        ("plan_partition", "N=256, S=8", lambda: ops.plan_partition(labels, 8), 15),
+    ]
+    arms = {f"{op} {what}": timed(call, 200) for op, what, call, _ in calls}
+    samples = alternate(arms, rounds=9 if quick else 51, seconds=0 if quick else 20)
+    for op, what, _, wanted in calls:
+        arm = f"{op} {what}"
+        report.add(
+            op=op, what=f"{what}, us", **samples.times(arm), **samples.guard(),
+            **target(samples.p50(arm) * 1e6, wanted, at_most=True),
+        )  # fmt: skip
+
+
+def bench_move(report: Report, quick: bool, found: limits.Limits) -> None:
+    """gather and combine of more bytes than any cache holds, rows in random order."""
+    width = 1024
+    for dtype in (torch.bfloat16, torch.float32):
+        rows = LARGE // (width * dtype.itemsize)
+        random = torch.Generator().manual_seed(0)
+        x = torch.randn(2 * rows, width, generator=random).to(dtype)
+        kept = torch.randperm(2 * rows, generator=random)[:rows]
+        labels = torch.full((2 * rows,), -1, dtype=torch.int32)
+        labels[kept] = 0
+        plan = ops.plan_partition(labels, 1)
+        packed = ops.gather(x, plan)
+        tables: list[tuple[str, Callable[[], Any], int]] = [
+            ("gather", lambda x=x, plan=plan: ops.gather(x, plan), 2),
+            ("combine", lambda x=x, plan=plan, y=packed: ops.combine(y, plan, x), 3),
+        ]
+        arms = {op: timed(run) for op, run, _ in tables}
+        samples = alternate(arms, rounds=5 if quick else 15, seconds=0 if quick else 20)
+        for op, _, passes in tables:
+            moved = passes * rows * width * dtype.itemsize
+            speed = moved / samples.p50(op) / 1e9
+            share = speed / found.copy_gb_per_s
+            report.add(
+                op=op, what="share of copy bandwidth", dtype=str(dtype).removeprefix("torch."),
+                shapes={"N": 2 * rows, "kept": rows, "H": width}, **samples.times(op),
+                gb_per_s=speed, limit_name="copy bandwidth GB/s", limit=found.copy_gb_per_s,
+                fraction=share, **samples.guard(), **target(share, 0.80),
+            )  # fmt: skip
+
+
+def segments_plan(segments: int, rows: int) -> Plan:
+    """Every segment gets `rows` rows, source order mixed over segments."""
+    labels = torch.arange(segments, dtype=torch.int32).repeat(rows)
+    return ops.plan_partition(labels, segments)
+
+
+def bench_small(report: Report, quick: bool, found: limits.Limits) -> None:
+    """1 to 8 rows per segment: the time to read every weight once is the floor."""
+    for dtype in (torch.bfloat16, torch.float32):
+        segments, inner = 8, 2048
+        outer = WEIGHTS // (segments * inner * dtype.itemsize)
+        random = torch.Generator().manual_seed(0)
+        dense = torch.empty(segments, outer, inner).normal_(generator=random).to(dtype)
+        weight = Weight.pack(dense)
+        del dense
+        arms, work = {}, {}
+        for rows in (1, 2, 4, 8):
+            plan = segments_plan(segments, rows)
+            x = torch.randn(segments * rows, inner, generator=random).to(dtype)
+            arms[str(rows)] = timed(
+                lambda x=x, plan=plan, w=weight: ops.segment_matmul(x, w, plan, gather=True)
+            )
+            moved = weight.data.nbytes + segments * rows * (inner + outer) * dtype.itemsize
+            work[rows] = (moved, 2 * segments * rows * inner * outer)
+        samples = alternate(arms, rounds=5 if quick else 15, seconds=0 if quick else 20)
+        for rows, (moved, flops) in work.items():
+            arm = str(rows)
+            floor = max(moved / found.read_gb_per_s, flops / found.flops(dtype)) / 1e9
+            share = floor / samples.p50(arm)
+            report.add(
+                op="segment_matmul", what=f"{rows} rows/segment, share of weight-read floor",
+                dtype=str(dtype).removeprefix("torch."),
+                shapes={"S": segments, "rows": rows, "K": inner, "N": outer},
+                **samples.times(arm), gb_per_s=moved / samples.p50(arm) / 1e9,
+                gflops=flops / samples.p50(arm) / 1e9, limit_name="read bandwidth GB/s",
+                limit=found.read_gb_per_s, fraction=share, **samples.guard(),
+                **target(share, 0.80),
+            )  # fmt: skip
+
+
+def bench_large(report: Report, quick: bool, found: limits.Limits) -> None:
+    """128 rows per segment and more, against torch's dense matmul of the same total FLOPs."""
+    for dtype in (torch.bfloat16, torch.float32):
+        segments, inner, outer = 4, 1024, 2048
+        random = torch.Generator().manual_seed(0)
+        dense = torch.randn(segments, outer, inner, generator=random).to(dtype)
+        weight, single = Weight.pack(dense), dense[0].clone()
+        for rows in (128, 512):
+            total = segments * rows
+            plan = segments_plan(segments, rows)
+            x = torch.randn(total, inner, generator=random).to(dtype)
+            arms = {
+                "torch": timed(lambda x=x, w=single: torch.nn.functional.linear(x, w)),
+                "ours": timed(
+                    lambda x=x, plan=plan, w=weight: ops.segment_matmul(x, w, plan, gather=True)
+                ),
+            }
+            samples = alternate(arms, rounds=5 if quick else 15, seconds=0 if quick else 15)
+            speed = 2 * total * inner * outer / samples.p50("ours") / 1e9
+            report.add(
+                op="segment_matmul", what=f"{rows} rows/segment, torch dense time / ours",
+                dtype=str(dtype).removeprefix("torch."),
+                shapes={"S": segments, "rows": rows, "K": inner, "N": outer},
+                **samples.times("ours"), torch_p50_us=samples.p50("torch") * 1e6, gflops=speed,
+                limit_name="arithmetic peak GFLOP/s", limit=found.flops(dtype),
+                fraction=speed / found.flops(dtype), **samples.guard(),
+                **target(samples.ratio("torch", "ours"), 0.85),
+            )  # fmt: skip
+
+
+def main() -> None:
+    """Runs the chosen sections."""
+    sections = ("import", "calls", "move", "matmul")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=sections, default=sections)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="few repeats: does it run at all?")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    report = Report("ops")
+    if "import" in args.only:
+        bench_import(report, args.quick)
+    if "calls" in args.only:
+        bench_calls(report, args.quick)
+    if {"move", "matmul"} & set(args.only):
+        found = limits.measure(args.threads)
+        if "move" in args.only:
+            bench_move(report, args.quick, found)
+        if "matmul" in args.only:
+            bench_small(report, args.quick, found)
+            bench_large(report, args.quick, found)
+    raise SystemExit(report.close())
+
+
+if __name__ == "__main__":
+    main()

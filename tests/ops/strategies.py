@@ -1,0 +1,92 @@
+"""Inputs of the ops: what hypothesis may choose, and what two backends must agree on."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pyruntime.plan import Plan
+
+seeds = st.integers(0, 2**31 - 1)
+# Few values, so that ties are common, and every value that breaks a comparison.
+_scores = st.one_of(
+    st.sampled_from([0.0, -0.0, 0.25, 0.5, 0.5, 1.0, torch.nan, torch.inf, -torch.inf]),
+    st.floats(width=32, allow_subnormal=False),
+)
+finite = st.floats(-1e3, 1e3, width=32, allow_subnormal=False)
+
+
+def vectors(
+    values: st.SearchStrategy[float] = _scores, min_size: int = 0, max_size: int = 70
+) -> st.SearchStrategy[Tensor]:
+    """float32 [N]."""
+    lists = st.lists(values, min_size=min_size, max_size=max_size)
+    return lists.map(lambda data: torch.tensor(data, dtype=torch.float32))
+
+
+@st.composite
+def threshold_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Scores [N] and tau [] or [N], often equal to some score."""
+    scores = draw(vectors())
+    pool = [*scores.tolist(), torch.inf, -torch.inf, torch.nan, 0.5]
+    values = st.sampled_from(pool)
+    if draw(st.booleans()):
+        return scores, torch.tensor(draw(values), dtype=torch.float32)
+    size = scores.numel()
+    return scores, draw(vectors(values, min_size=size, max_size=size))
+
+
+@st.composite
+def topk_cases(draw: st.DrawFn) -> tuple[Tensor, int]:
+    """Scores [N, S] and k."""
+    segments = draw(st.integers(1, 9))
+    rows = draw(st.integers(0, 20))
+    flat = draw(vectors(min_size=rows * segments, max_size=rows * segments))
+    return flat.view(rows, segments), draw(st.integers(1, segments))
+
+
+@st.composite
+def partition_cases(draw: st.DrawFn) -> tuple[Tensor, int]:
+    """Labels int32 [N] with drops and empty segments, and S."""
+    segments = draw(st.integers(1, 40))
+    used = draw(st.lists(st.integers(-1, segments - 1), min_size=1, max_size=4))
+    labels = draw(st.lists(st.sampled_from(used), max_size=80))
+    return torch.tensor(labels, dtype=torch.int32), segments
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The tensor as integers, NaNs made one NaN (its payload carries no meaning)."""
+    if tensor.dtype == torch.float32:
+        return torch.where(tensor.isnan(), torch.nan, tensor).view(torch.int32)
+    if tensor.dtype == torch.bfloat16:
+        return torch.where(tensor.isnan(), torch.nan, tensor).view(torch.int16)
+    return tensor
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Equal dtype, shape and bits."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert torch.equal(bits(actual), bits(expected))
+
+
+def assert_same_plan(actual: Plan, expected: Plan) -> None:
+    """Bit-identical plans."""
+    assert actual.num_rows == expected.num_rows
+    assert actual.capacity == expected.capacity
+    for name in ("rows", "offsets", "inverse"):
+        assert_same_bits(getattr(actual, name), getattr(expected, name))
+    assert (actual.weights is None) == (expected.weights is None)
+    if actual.weights is not None and expected.weights is not None:
+        assert_same_bits(actual.weights, expected.weights)
+
+
+def generator(seed: int) -> torch.Generator:
+    """A generator of its own: no test depends on another."""
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal numbers."""
+    return torch.randn(*shape, generator=generator(seed)).to(dtype)
