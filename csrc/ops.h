@@ -8,7 +8,7 @@ namespace pyrt {
 
 enum class Epilogue : int { kNone = 0, kGelu = 1, kSilu = 2, kSiluMul = 3 };
 
-// ---- planners: float32 scores to a Plan; single pass, same bits as pyruntime/ops/reference.py ----
+// ---- planners: float32 scores to a Plan; one pass, same bits as pyruntime/ops/reference.py ----
 
 // Keeps row n unless scores[n] <= tau[n * tau_stride] (so NaN runs). Writes rows [N], offsets [2],
 // inverse [N] and, unless null, weights [N]: the score of every kept row. Returns R.
@@ -49,25 +49,26 @@ struct CombineArgs {
 // ---- compute ----
 
 struct MatmulArgs {
-  const void* x;        // [*, K]: packed rows, or source rows when plan.rows is given
-  const void* weight;   // panel layout (pyruntime/ops/weight.py) of S matrices [N, K]
-  const float* bias;    // [S, N] or null
-  void* out;            // [R, N], or [R, N/2] for kSiluMul
-  PlanView plan;        // offsets null: one segment of `kept` rows
-  int64_t in_features;  // K
-  int64_t out_features; // N
-  DType dtype;          // of x and weight
+  const void* x;         // [*, K]: packed rows, or source rows when plan.rows is given
+  const void* weight;    // panel layout (pyruntime/ops/weight.py) of S matrices [N, K]
+  const float* bias;     // [S, N] or null
+  void* out;             // [R, N], or [R, N/2] for kSiluMul
+  PlanView plan;         // offsets null: one segment of `kept` rows
+  int64_t in_features;   // K
+  int64_t out_features;  // N
+  DType dtype;           // of x and weight
   DType out_dtype;
-  Epilogue epilogue;    // kSiluMul needs interleaved panels
+  Epilogue epilogue;  // kSiluMul needs interleaved panels
 };
 
 struct NormArgs {
-  const void* x;       // [N, H]
-  const float* weight; // [H]
-  void* out;           // [N, H]; out may be x
-  const float* probe;  // [H] or null: probe_out[n] = dot(out[n], probe) + probe_bias, of the rounded row
+  const void* x;        // [N, H]
+  const float* weight;  // [H]
+  void* out;            // [N, H]; out may be x
+  // [H] or null: probe_out[n] = dot(out[n], probe) + probe_bias, of the rounded row
+  const float* probe;
   float probe_bias;
-  float* probe_out;    // [N]
+  float* probe_out;  // [N]
   int64_t rows, width;
   float eps;
   DType dtype;
@@ -81,7 +82,7 @@ struct GateArgs {
 };
 
 // Rotary embedding (half-split form) of a paged cache's new keys, and storage of keys and values.
-// Cache layouts, 32 tokens a block, are those of the matmul panels so that attention is two matmuls:
+// Cache layouts, 32 tokens a block, are those of the matmul panels: attention is two matmuls.
 //   keys   bf16 [blocks, heads, D/2, 32, 2]   f32 [blocks, heads, D, 32]
 //   values bf16 [blocks, heads, D/32, 16, 32, 2]   f32 [blocks, heads, D/32, 32, 32]
 // with D padded to a multiple of 32 (kHeadPad) in both.
@@ -111,14 +112,14 @@ struct RotateArgs {
 };
 
 struct AttentionArgs {
-  const void* q;              // [R, heads * D]
-  const int32_t* rows;        // [R] or null
-  const int32_t* positions;   // [N] the token sees cache entries 0 .. position
-  const int32_t* sequences;   // [N] row of block_tables; rows of one sequence are contiguous
+  const void* q;                // [R, heads * D]
+  const int32_t* rows;          // [R] or null
+  const int32_t* positions;     // [N] the token sees cache entries 0 .. position
+  const int32_t* sequences;     // [N] row of block_tables; rows of one sequence are contiguous
   const int32_t* block_tables;  // [B, max_blocks]
   const void* keys;
   const void* values;
-  void* out;                  // [R, heads * D]
+  void* out;  // [R, heads * D]
   int64_t kept, heads, kv_heads, head_dim, max_blocks;
   float scale;
   DType dtype;

@@ -31,7 +31,7 @@ _HOMES = {
     "load": "pyruntime.engine.runtime",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:

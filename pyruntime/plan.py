@@ -20,8 +20,8 @@ class Plan:
         weights: float32 [R] combine weight of each packed row, or None for 1.
         inverse: int32 [N, K], packed position of the k-th choice of a source row, -1 where dropped.
         num_rows: N, the number of source rows.
-        capacity: host-known upper bound of R. On the CPU ``rows`` has exactly R entries; on a GPU it
-            has ``capacity`` entries and R lives in ``offsets`` so that no host ever waits for it.
+        capacity: host-known upper bound of R. On the CPU ``rows`` has exactly R entries; on a GPU
+            it has ``capacity`` entries and R lives in ``offsets``: no host ever waits for it.
     """
 
     rows: Tensor

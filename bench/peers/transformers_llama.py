@@ -34,7 +34,6 @@ class Peer:
             folder, dtype=torch.bfloat16, attn_implementation="sdpa"
         ).eval()
         self._cache: Any = None
-        self._context = 0
 
     def prefill(self, tokens: list[list[int]]) -> dict[str, Any]:
         ids = torch.tensor(tokens)
@@ -44,7 +43,7 @@ class Peer:
         return {"seconds": seconds, "logits": out.logits[-1, -1].float().tolist()}
 
     def context(self, tokens: list[int]) -> dict[str, Any]:
-        self._cache, self._context = DynamicCache(), len(tokens)
+        self._cache = DynamicCache()
         start = time.perf_counter()
         self._model(torch.tensor([tokens]), past_key_values=self._cache, logits_to_keep=1)
         return {"seconds": time.perf_counter() - start}
@@ -55,7 +54,7 @@ class Peer:
         for ids in steps:
             out = self._model(ids, past_key_values=self._cache, logits_to_keep=1)
         seconds = time.perf_counter() - start
-        self._cache.crop(self._context)
+        self._cache.crop(-len(tokens))
         return {"seconds": seconds, "logits": out.logits[-1, -1].float().tolist()}
 
 

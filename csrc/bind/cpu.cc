@@ -1,5 +1,5 @@
-// Python to C++: addresses and integers in, views out. pyruntime/ops/native.py is the only caller and
-// has checked dtype, device, contiguity and shape; the GIL is released while a kernel runs.
+// Python to C++: addresses and integers in, views out. pyruntime/ops/native.py is the only caller
+// and has checked dtype, device, contiguity and shape; the GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 
 #include "ops.h"
@@ -18,8 +18,10 @@ T* at(Address address) {
 
 PlanView view(Address rows, Address offsets, Address weights, Address inverse, int64_t num_rows,
               int64_t choices, int64_t segments, int64_t kept) {
-  return {at<int32_t>(rows), at<int32_t>(offsets), at<float>(weights), at<int32_t>(inverse),
-          num_rows,          choices,              segments,           kept};
+  return {at<int32_t>(rows),  at<int32_t>(offsets),
+          at<float>(weights), at<int32_t>(inverse),
+          num_rows,           choices,
+          segments,           kept};
 }
 
 }  // namespace
@@ -39,8 +41,8 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("plan_partition", [](Address labels, int64_t n, int64_t segments, Address rows,
                              Address offsets, Address inverse) {
-    return plan_partition(at<int32_t>(labels), n, segments, at<int32_t>(rows),
-                          at<int32_t>(offsets), at<int32_t>(inverse));
+    return plan_partition(at<int32_t>(labels), n, segments, at<int32_t>(rows), at<int32_t>(offsets),
+                          at<int32_t>(inverse));
   });
   m.def("quantile", [](Address scores, int64_t n, double q, Address scratch) {
     return quantile(at<float>(scores), n, q, at<float>(scratch));
@@ -100,42 +102,56 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("append", [](Address kv, Address cos_sin, Address key_norm, Address positions,
                      Address slots, Address keys, Address values, int64_t rows, int64_t heads,
                      int64_t head_dim, float eps, int dtype) {
-    const AppendArgs args{at<void>(kv),      at<float>(cos_sin), at<float>(key_norm),
-                          at<int32_t>(positions), at<int32_t>(slots), at<void>(keys),
-                          at<void>(values),  rows,               heads,
-                          head_dim,          eps,                DType(dtype)};
+    const AppendArgs args{at<void>(kv),
+                          at<float>(cos_sin),
+                          at<float>(key_norm),
+                          at<int32_t>(positions),
+                          at<int32_t>(slots),
+                          at<void>(keys),
+                          at<void>(values),
+                          rows,
+                          heads,
+                          head_dim,
+                          eps,
+                          DType(dtype)};
     py::gil_scoped_release unlocked;
     kernels().append(args);
   });
   m.def("rotate", [](Address q, Address cos_sin, Address norm, Address positions, Address rows,
                      int64_t kept, int64_t heads, int64_t head_dim, float eps, int dtype) {
-    const RotateArgs args{at<void>(q),       at<float>(cos_sin), at<float>(norm),
-                          at<int32_t>(positions), at<int32_t>(rows), kept,
-                          heads,             head_dim,           eps,
+    const RotateArgs args{at<void>(q),
+                          at<float>(cos_sin),
+                          at<float>(norm),
+                          at<int32_t>(positions),
+                          at<int32_t>(rows),
+                          kept,
+                          heads,
+                          head_dim,
+                          eps,
                           DType(dtype)};
     py::gil_scoped_release unlocked;
     kernels().rotate(args);
   });
-  m.def("attention", [](Address q, Address rows, Address positions, Address sequences,
-                        Address block_tables, Address keys, Address values, Address out,
-                        int64_t kept, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                        int64_t max_blocks, float scale, int dtype) {
-    const AttentionArgs args{at<void>(q),
-                             at<int32_t>(rows),
-                             at<int32_t>(positions),
-                             at<int32_t>(sequences),
-                             at<int32_t>(block_tables),
-                             at<void>(keys),
-                             at<void>(values),
-                             at<void>(out),
-                             kept,
-                             heads,
-                             kv_heads,
-                             head_dim,
-                             max_blocks,
-                             scale,
-                             DType(dtype)};
-    py::gil_scoped_release unlocked;
-    kernels().attention(args);
-  });
+  m.def("attention",
+        [](Address q, Address rows, Address positions, Address sequences, Address block_tables,
+           Address keys, Address values, Address out, int64_t kept, int64_t heads, int64_t kv_heads,
+           int64_t head_dim, int64_t max_blocks, float scale, int dtype) {
+          const AttentionArgs args{at<void>(q),
+                                   at<int32_t>(rows),
+                                   at<int32_t>(positions),
+                                   at<int32_t>(sequences),
+                                   at<int32_t>(block_tables),
+                                   at<void>(keys),
+                                   at<void>(values),
+                                   at<void>(out),
+                                   kept,
+                                   heads,
+                                   kv_heads,
+                                   head_dim,
+                                   max_blocks,
+                                   scale,
+                                   DType(dtype)};
+          py::gil_scoped_release unlocked;
+          kernels().attention(args);
+        });
 }

@@ -5,11 +5,11 @@
 #include <stdexcept>
 #include <string>
 
-#define PYRT_CHECK(condition, message)             \
-  do {                                             \
-    if (!(condition)) {                            \
-      std::ostringstream pyrt_text;                \
-      pyrt_text << message;                        \
+#define PYRT_CHECK(condition, message)              \
+  do {                                              \
+    if (!(condition)) {                             \
+      std::ostringstream pyrt_text;                 \
+      pyrt_text << message;                         \
       throw std::invalid_argument(pyrt_text.str()); \
-    }                                              \
+    }                                               \
   } while (false)

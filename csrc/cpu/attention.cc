@@ -1,12 +1,12 @@
 // Causal attention of ragged query rows over a paged cache, online softmax in float32.
 //
-// The cache keeps keys and values in the panels of the matmul, so scores and the weighted sum are the
-// same register tile as every other matmul here. Tile rows are (token, head) pairs that share one KV
-// head: grouped-query heads read the cache once. torch's SDPA cannot take kept rows at their own
-// positions without a dense mask, and its result depends on how many rows share the call.
+// The cache keeps keys and values in the panels of the matmul, so scores and the weighted sum are
+// the same register tile as every other matmul here. Tile rows are (token, head) pairs that share
+// one KV head: grouped-query heads read the cache once. torch's SDPA cannot take kept rows at their
+// own positions without a dense mask, and its result depends on how many rows share the call.
 //
-// Blocks are visited in order and a masked score weighs exactly 0, so a row's result is the same bits
-// whatever rows share its tile and however its prompt was cut into chunks.
+// Blocks are visited in order and a masked score weighs exactly 0, so a row's result is the same
+// bits whatever rows share its tile and however its prompt was cut into chunks.
 #include <omp.h>
 
 #include <algorithm>
@@ -23,9 +23,9 @@ inline int64_t source(const AttentionArgs& args, int64_t r) { return args.rows ?
 
 template <class T>
 struct Work {
-  T* query;      // [steps of D][M]
-  T* weights;    // [steps of 32 tokens][M]
-  float* out;    // [M][padded D]
+  T* query;    // [steps of D][M]
+  T* weights;  // [steps of 32 tokens][M]
+  float* out;  // [M][padded D]
 };
 
 // Rows flat .. flat + M of the (token, head) pairs that start at packed row `first`.
@@ -48,8 +48,7 @@ void attend(const AttentionArgs& args, int64_t first, int64_t flat, int64_t kv_h
   }
   pack_rows(rows, M, dim, work.query);
   const int32_t newest = last[M - 1];
-  const int32_t* table =
-      args.block_tables + args.sequences[source(args, first)] * args.max_blocks;
+  const int32_t* table = args.block_tables + args.sequences[source(args, first)] * args.max_blocks;
 
   float top[M], total[M];
   std::fill(top, top + M, -INFINITY);

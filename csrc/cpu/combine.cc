@@ -1,5 +1,5 @@
-// out[n] += sum over choices k of weight * packed[inverse[n, k]], float32 accumulate, choices in order.
-// Limit: read packed, read and write the touched rows of out. No atomics: rows are owned.
+// out[n] += sum over choices k of weight * packed[inverse[n, k]], float32 accumulate, choices in
+// order. Limit: read packed, read and write the touched rows of out. No atomics: rows are owned.
 #include <omp.h>
 
 #include "cpu/simd.h"

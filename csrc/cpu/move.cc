@@ -12,8 +12,8 @@
 namespace pyrt {
 namespace {
 
-constexpr int64_t kParallelBytes = 256 << 10;  // below this a second thread costs more than it copies
-constexpr int64_t kStreamBytes = 16 << 20;     // beyond the cache: do not read lines only to overwrite
+constexpr int64_t kParallelBytes = 256 << 10;  // below, a second thread costs more than it copies
+constexpr int64_t kStreamBytes = 16 << 20;  // beyond the cache: do not read lines only to overwrite
 
 void copy_row(char* to, const char* from, int64_t bytes, bool stream) {
 #if defined(__SSE2__)

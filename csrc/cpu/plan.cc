@@ -34,8 +34,8 @@ void plan_topk(const float* scores, int64_t n, int64_t experts, int64_t k, bool 
       for (int32_t e = 0; e < experts; ++e) {
         if (std::find(chosen, chosen + j, e) != chosen + j) continue;
         const bool first = best < 0;
-        const bool better = !first && (row[e] > row[best] ||
-                                       (std::isnan(row[best]) && !std::isnan(row[e])));
+        const bool better =
+            !first && (row[e] > row[best] || (std::isnan(row[best]) && !std::isnan(row[e])));
         if (first || better) best = e;
       }
       chosen[j] = best;

@@ -52,9 +52,13 @@ void rotate_rows(const RotateArgs& args) {
 template <class T>
 int64_t key_index(int64_t t, int64_t i);
 template <>
-int64_t key_index<float>(int64_t t, int64_t i) { return i * kBlock + t; }
+int64_t key_index<float>(int64_t t, int64_t i) {
+  return i * kBlock + t;
+}
 template <>
-int64_t key_index<bf16>(int64_t t, int64_t i) { return (i / 2 * kBlock + t) * 2 + i % 2; }
+int64_t key_index<bf16>(int64_t t, int64_t i) {
+  return (i / 2 * kBlock + t) * 2 + i % 2;
+}
 
 template <class T>
 int64_t value_index(int64_t t, int64_t i);

@@ -1,8 +1,9 @@
-// out[r] = epilogue(x[r] @ W[segment of r]^T + bias): every dense and grouped matmul of the runtime.
+// out[r] = epilogue(x[r] @ W[segment of r]^T + bias): every dense and grouped matmul of the
+// runtime.
 //
 // Weights stream through the cache once per block of rows: a few rows run at memory bandwidth, many
-// at the arithmetic peak, by the same inner loop. Work is cut into (segment, row block, panels) items
-// that threads take as they become free, so skewed segments do not leave a thread idle.
+// at the arithmetic peak, by the same inner loop. Work is cut into (segment, row block, panels)
+// items that threads take as they become free, so skewed segments do not leave a thread idle.
 #include <omp.h>
 
 #include <algorithm>
@@ -14,8 +15,8 @@
 namespace pyrt::PYRT_ISA {
 namespace {
 
-constexpr int64_t kBlockRows = 240;       // rows that share one pass over a panel
-constexpr int64_t kBlockBytes = 768 << 10;  // their packed size: with one panel it stays in L2 or L3
+constexpr int64_t kBlockRows = 240;         // rows that share one pass over a panel
+constexpr int64_t kBlockBytes = 768 << 10;  // their packed size: with a panel it stays in L2 or L3
 constexpr int64_t kColumns = 32;
 
 struct Item {
@@ -76,8 +77,8 @@ class Work {
 };
 
 template <class Out>
-inline void write_row(const MatmulArgs& args, Out* out, int64_t column, int64_t columns,
-                      f32x16 lo, f32x16 hi) {
+inline void write_row(const MatmulArgs& args, Out* out, int64_t column, int64_t columns, f32x16 lo,
+                      f32x16 hi) {
   if (args.epilogue == Epilogue::kSiluMul) {
     const f32x16 value = silu(lo) * hi;
     const int64_t left = columns - column;
@@ -141,7 +142,8 @@ void run_item(const MatmulArgs& args, const Item& item, const T* packed, int64_t
 
 template <class T>
 void pack_item(const MatmulArgs& args, const Item& item, T* packed) {
-  const int64_t words = (args.in_features + Step<T>::kDepth - 1) / Step<T>::kDepth * Step<T>::kDepth;
+  const int64_t words =
+      (args.in_features + Step<T>::kDepth - 1) / Step<T>::kDepth * Step<T>::kDepth;
   const T* x = static_cast<const T*>(args.x);
   for (int64_t row = 0; row < item.rows; row += kTileRows) {
     const int count = int(std::min<int64_t>(kTileRows, item.rows - row));
@@ -181,7 +183,8 @@ void run(const MatmulArgs& args) {
 
 void segment_matmul(const MatmulArgs& args) {
   if (args.plan.kept == 0 || args.out_features == 0) return;
-  const bool narrow_in = args.dtype == DType::kBFloat16, narrow_out = args.out_dtype == DType::kBFloat16;
+  const bool narrow_in = args.dtype == DType::kBFloat16;
+  const bool narrow_out = args.out_dtype == DType::kBFloat16;
   if (narrow_in)
     narrow_out ? run<bf16, bf16>(args) : run<bf16, float>(args);
   else

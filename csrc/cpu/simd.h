@@ -46,9 +46,7 @@ inline void store_as(void* p, V v) {
   std::memcpy(p, &v, sizeof(V));
 }
 
-inline f32x16 widen(u16x16 half) {
-  return (f32x16)(__builtin_convertvector(half, u32x16) << 16);
-}
+inline f32x16 widen(u16x16 half) { return (f32x16)(__builtin_convertvector(half, u32x16) << 16); }
 
 inline u16x16 narrow(f32x16 v) {
 #if defined(__AVX512BF16__)
@@ -56,7 +54,7 @@ inline u16x16 narrow(f32x16 v) {
 #else
   u32x16 bits = (u32x16)v;
   u32x16 rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
-  u32x16 quiet = bits | 0x400000;                       // rounding must not turn a NaN into infinity
+  u32x16 quiet = bits | 0x400000;  // rounding must not turn a NaN into infinity
   return __builtin_convertvector((v == v ? rounded : quiet) >> 16, u16x16);
 #endif
 }
@@ -93,8 +91,8 @@ inline void store_part(T* p, f32x16 v, int64_t count) {
   std::memcpy(p, lanes, count * sizeof(T));
 }
 
-// Lanes folded onto each other: 16 to 8 to 4 to 2 to 1, always in this order, so that a sum does not
-// depend on how many rows are in flight.
+// Lanes folded onto each other: 16 to 8 to 4 to 2 to 1, always in this order, so that a sum does
+// not depend on how many rows are in flight.
 template <class F>
 inline float fold(f32x16 v, F&& join) {
   v = join(v, __builtin_shuffle(v, i32x16{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}));

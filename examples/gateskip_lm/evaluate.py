@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit", type=int, help="use this many held-out windows only")
-    parser.add_argument("--fp32", action="store_true", help="no bf16 autocast (twice the time)")
+    parser.add_argument("--fp32", action="store_true", help="no bf16 autocast (slower)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=not args.fp32):

@@ -53,7 +53,8 @@ def _generate(p: argparse.ArgumentParser) -> None:
     prompt = p.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="text")
     prompt.add_argument("--prompt-ids", help="token ids, separated by commas or spaces")
-    _policy(p)
+    p.add_argument("--budget", type=float, help="share of the model to run, in [0, 1]")
+    p.add_argument("--mode", choices=_MODES, default="calibrated", help="calibrated is causal")
     p.add_argument("--max-tokens", type=int, default=128)
     p.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     p.add_argument("--top-p", type=float, default=1.0)
@@ -67,9 +68,14 @@ def _generate(p: argparse.ArgumentParser) -> None:
 def _calibrate(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", type=Path)
     _data(p, tokens=16384)
-    p.add_argument("--max-drop", type=float, metavar="SHARE",
-                   help="default budget: the cheapest within this drop of accuracy (0.01: a point)")  # fmt: skip
-    p.add_argument("--default-budget", type=float, help="budget of requests that name none")
+    default = p.add_mutually_exclusive_group()
+    default.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="SHARE",
+        help="make the cheapest budget within this drop of accuracy the default (0.01: one point)",
+    )
+    default.add_argument("--default-budget", type=float, help="budget of requests that name none")
     p.set_defaults(run=commands.calibrate)
 
 
@@ -105,13 +111,14 @@ def _bench(p: argparse.ArgumentParser) -> None:
     p.set_defaults(run=commands.bench)
 
 
-def _policy(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--budget", type=float, help="share of the model to run, in [0, 1]")
-    p.add_argument("--mode", choices=_MODES)
-
-
 def _data(p: argparse.ArgumentParser, tokens: int) -> None:
-    p.add_argument("--data", type=Path, nargs="+", required=True, metavar="PATH",
-                   help='.txt, .py, .md, .jsonl (with "text" or "token_ids") or folders of them')  # fmt: skip
+    p.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help='.txt, .py, .md, .jsonl (lines with "text" or "token_ids") or folders of them',
+    )
     p.add_argument("--tokens", type=int, default=tokens, help="about how many tokens to use")
     p.add_argument("--length", type=int, default=512, help="longest sequence, in tokens")

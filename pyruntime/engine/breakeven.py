@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -46,8 +47,8 @@ def measure_break_even(model: Decoder) -> float:
         plan = ops.plan_partition(labels, 1)
         packed, dense = [], []
         for _ in range(_REPEATS):
-            packed.append(_seconds(lambda plan=plan: branch(plan, plan)))
-            dense.append(_seconds(lambda plan=plan: branch(plan, everyone)))
+            packed.append(_seconds(partial(branch, plan, plan)))
+            dense.append(_seconds(partial(branch, plan, everyone)))
         if min(packed) <= min(dense):
             return 1.0 if share == _SHARES[0] else share
     return _SHARES[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,10 +75,10 @@ class Runtime:
             InvalidInput: the model cannot honour it.
         """
         policy = policy or ComputePolicy()
-        mode = policy.mode or "calibrated"
+        mode = policy.mode or (self.gates.rule if self.gates else "calibrated")
         budget = policy.budget
         if budget is None:
-            budget = self.calibration.default_budget if self.calibration else 1.0
+            budget = self._default_budget(mode)
         if self.gates is None and budget < 1.0:
             raise InvalidInput(f"budget {budget} needs a model with gates; this one has none")
         if mode == "calibrated" and budget < 1.0 and self.calibration is None:
@@ -96,7 +96,7 @@ class Runtime:
         """The router of one step.
 
         Args:
-            policies: one per sequence of the batch. Quantile modes are rules over the whole call, so
+            policies: one per sequence of the batch. Quantile modes rule over the whole call, so
                 they must then all be equal; calibrated policies may differ.
             replay: bool [L, 2, N], decisions to repeat.
 
@@ -126,8 +126,8 @@ class Runtime:
             if modes == {"calibrated"}:
                 router.rule = calibrated_rule(self._tau(batch, policies, resolved, valid))
             elif len(set(policies)) == 1:
-                policy = policies[0] or ComputePolicy()
-                budget = resolved[0][1]
+                mode, budget = resolved[0]
+                policy = replace(policies[0] or ComputePolicy(), mode=mode)
                 fallback = self.calibration.tau(budget) if self.calibration else None
                 router.rule = quantile_rule(
                     self.model.ops, policy, 1.0 - budget, valid, batch.seq_ids, fallback
@@ -178,8 +178,11 @@ class Runtime:
         sequences, mask = _ragged(token_ids, attention_mask)
         self._check_tokens(sequences)
         batch, blocks = full_batch(sequences)
-        shared = policy is None or isinstance(policy, ComputePolicy)
-        policies = [policy] * len(sequences) if shared else list(policy)  # type: ignore[arg-type,list-item]
+        policies: list[ComputePolicy | None]
+        if policy is None or isinstance(policy, ComputePolicy):
+            policies = [policy] * len(sequences)
+        else:
+            policies = list(policy)
         if len(policies) != len(sequences):
             raise InvalidInput(f"got {len(policies)} policies for {len(sequences)} sequences")
         router = self.router(batch, policies, replay)
@@ -193,6 +196,12 @@ class Runtime:
         if len(set(lengths)) == 1:
             return Output(logits.view(len(lengths), lengths[0], -1), trace)
         return Output(list(logits.split(lengths)), trace)
+
+    def _default_budget(self, mode: str) -> float:
+        if self.calibration is not None:
+            return self.calibration.default_budget
+        # The skip ratio of a folder without thresholds means something to the quantile rules only.
+        return 1.0 - self.gates.skip_ratio if self.gates and mode != "calibrated" else 1.0
 
     def _copies(self, policy: ComputePolicy | None) -> bool:
         wanted = policy.kv_mode if policy is not None else None
@@ -271,13 +280,16 @@ def load(
         Unavailable: decoders do not run on that device yet.
     """
     if torch.device(device).type != "cpu":
-        raise Unavailable(f"decoders run on the cpu; device {device!r} has the plan ops only so far")
+        raise Unavailable(f"decoders run on the cpu; {device!r} has only the plan ops so far")
     return Runtime(read(path, verify), backend_name)
 
 
 def full_batch(sequences: Sequence[Sequence[int]]) -> tuple[Batch, int]:
     """Whole sequences as one step on a fresh cache; also the number of blocks it needs."""
-    tokens, positions, slots, seq_ids = [], [], [], []
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    seq_ids: list[int] = []
     tables: list[list[int]] = []
     used = 0
     for i, sequence in enumerate(sequences):
@@ -307,7 +319,7 @@ def _ragged(
 ) -> tuple[list[list[int]], Tensor | None]:
     if not isinstance(token_ids, Tensor):
         if hasattr(token_ids, "__dlpack__"):
-            token_ids = torch.from_dlpack(token_ids)
+            token_ids = torch.utils.dlpack.from_dlpack(token_ids)
         else:
             return [list(sequence) for sequence in token_ids], None
     if token_ids.dim() == 1:

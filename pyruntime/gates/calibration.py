@@ -40,11 +40,11 @@ class Calibration:
         Raises:
             InvalidInput: the budget lies where the record holds nothing to interpolate.
         """
-        shape = self.thresholds[0]
+        last = self.thresholds[-1]
         if budget >= 1.0:
-            return torch.full_like(shape, -torch.inf)
+            return torch.full_like(last, -torch.inf)
         if budget <= 0.0:
-            return torch.where(shape == -torch.inf, shape, torch.inf)
+            return torch.where(last == -torch.inf, last, torch.inf)
         above = max(i for i, grid in enumerate(self.budgets) if grid >= budget or i == 0)
         below = min(above + 1, len(self.budgets) - 1)
         span = self.budgets[above] - self.budgets[below]

@@ -20,8 +20,8 @@ class ComputePolicy:
 
     Attributes:
         budget: share of branch executions to keep, in [0, 1]; the skip ratio is 1 - budget.
-        mode: ``calibrated`` (fixed thresholds: causal, independent of batch mates), or the published
-            non-causal rules ``batch_quantile``, ``seq_quantile`` and ``exact_k``.
+        mode: ``calibrated`` (fixed thresholds: causal, independent of batch mates), or a published
+            non-causal rule: ``batch_quantile``, ``seq_quantile`` or ``exact_k``.
         exit: early-exit setting; no family that is implemented has exits.
         experts: expert-count setting; no family that is implemented has experts.
         kv_mode: ``dense`` computes keys and values of skipped tokens, ``copy`` takes those of the
@@ -61,4 +61,6 @@ class ComputePolicy:
 
     def may_skip(self, layer: int, branch: int) -> bool:
         """Whether branch 0 (attention) or 1 (MLP) of a layer may skip at all."""
-        return BRANCHES[branch] in self.branches and not (self.every_second_layer and layer % 2 == 0)
+        if self.every_second_layer and layer % 2 == 0:
+            return False
+        return BRANCHES[branch] in self.branches

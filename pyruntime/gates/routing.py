@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -28,7 +29,7 @@ class Router:
         copy_kv: keys and values of skipped rows come from the layer below.
         packed_below: kept share from which running every row is measured to be faster than packing;
             the plan, and so the result, is the same either way.
-        plans: what was decided, by (layer, branch), in order of execution; filled as the model runs.
+        plans: what was decided, by (layer, branch) in order of execution; filled as the model runs.
         ran_dense: the (layer, branch) pairs that ran every row although some were skipped.
     """
 
@@ -62,9 +63,12 @@ class Router:
                 )  # fmt: skip
         else:
             decision = self.rule(layer, branch, scores)
-            if decision.dtype == torch.bool:
-                decision = torch.where(decision, NEVER, torch.inf)
-            plan = self.ops.plan_threshold(scores, decision, weighted)
+            if decision.dtype == torch.bool:  # said row by row: no score, even NaN, overrules it
+                plan = self.ops.plan_partition(torch.where(decision, 0, -1).int(), 1)
+                if weighted:
+                    plan = dataclasses.replace(plan, weights=scores[decision])
+            else:
+                plan = self.ops.plan_threshold(scores, decision, weighted)
         self.plans[layer, branch] = plan
         return plan
 

@@ -38,7 +38,8 @@ class TokenGate:
     Attributes:
         probe: float32 [d] of a scalar gate, evaluated inside the norm that feeds it.
         probe_bias: its bias.
-        weight, bias: [d, d] and float32 [d] of a vector gate; the second layer of an MLP gate.
+        weight, bias: [d, d] and float32 [d] of a vector gate; second layer of an MLP gate, whose
+            weight is float32 whatever the model's dtype (as is what it multiplies).
         up, up_bias: first layer of an MLP gate.
         multiplies: False for gates that only rank tokens.
         entry: the branch input is multiplied by the gate as well.
@@ -66,12 +67,13 @@ class TokenGate:
     def evaluate(self, ops: ModuleType, x: Tensor, logits: Tensor | None) -> GateValue:
         """Scores of rows x [N, d]; `logits` float32 [N] if the norm has run the probe."""
         if logits is not None:
-            scores = torch.sigmoid(logits)
-            return GateValue(scores, None)
+            # Not torch.sigmoid: the ends of its vectors round differently, by place in the batch.
+            return GateValue(ops.gate(logits[:, None]), None)
         if self.weight is None:
             raise InvalidInput("gate: a gate without a weight needs the logits of its probe")
         if self.up is not None:
-            x = torch.relu(ops.segment_matmul(x, self.up, bias=self.up_bias))
+            inner = ops.segment_matmul(x, self.up, bias=self.up_bias, out_dtype=torch.float32)
+            x = inner.relu_()  # stays float32: rounded, it would no longer rank the tokens right
         values = ops.segment_matmul(x, self.weight, bias=self.bias, out_dtype=torch.float32)
         scores = ops.gate(values)
         channels = None if self.is_scalar or not self.multiplies else values

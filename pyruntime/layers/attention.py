@@ -62,9 +62,7 @@ class Attention:
         y = ops.segment_matmul(attended, self.o.weight, bias=self.o.bias)
         self.residual.leave(y, entry, h, step)
 
-    def _append(
-        self, x: Tensor, inverse: Tensor, step: Step, keys: Tensor, values: Tensor
-    ) -> None:
+    def _append(self, x: Tensor, inverse: Tensor, step: Step, keys: Tensor, values: Tensor) -> None:
         batch, layer = step.batch, self.residual.layer
         positions, slots = batch.positions, batch.slots
         if step.router.copy_kv and layer > 0:
@@ -84,4 +82,3 @@ class Attention:
             self.k_norm,
             self.residual.eps,
         )
-

@@ -23,7 +23,7 @@ class PagedKV:
 
     def __init__(self, spec: DecoderSpec, num_blocks: int, block_size: int = BLOCK) -> None:
         if block_size != BLOCK:
-            raise InvalidInput(f"the cache has blocks of {BLOCK} tokens, got block_size={block_size}")
+            raise InvalidInput(f"the cache has blocks of {BLOCK} tokens, got {block_size}")
         padded = -(-spec.head_dim // HEAD_PAD) * HEAD_PAD
         lead = (spec.num_layers, num_blocks, spec.num_kv_heads)
         if spec.dtype == "bfloat16":

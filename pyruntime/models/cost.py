@@ -63,7 +63,7 @@ class Cost:
             context: int64 [N], cache entries a row sees.
         """
         layers = ran.shape[0]
-        attention, mlp = ran.sum(0)
+        attention, mlp = ran.sum(0).unbind()
         total = attention * (self.attention + self.scores * context) + mlp * self.mlp
         return total + layers * (self.kv + self.gate_attention + self.gate_mlp)
 

@@ -111,19 +111,18 @@ class Decoder:
         if gates is None or not (gates.gate_attention if name == "attn" else gates.gate_mlp):
             return None
         prefix = f"gates.{name}" if gates.shared else f"layers.{layer}.{name}.gate"
-        multiplies, entry = gates.actually_gate, gates.gating_mode == "before_module"
+        multiplies = gates.actually_gate  # if not, the gate only ranks and nothing is scaled
+        entry = multiplies and gates.gating_mode == "before_module"
         if gates.gate_type == "scalar":
             probe = self._vector(f"{prefix}.weight").flatten()
             bias = float(self._vector(f"{prefix}.bias"))
             return TokenGate(probe, bias, multiplies=multiplies, entry=entry)
         if gates.gate_type == "vector":
             gate = self._weight(prefix)
-            return TokenGate(
-                weight=gate.weight, bias=gate.bias, multiplies=multiplies, entry=entry
-            )
+            return TokenGate(weight=gate.weight, bias=gate.bias, multiplies=multiplies, entry=entry)
         up, down = self._weight(f"{prefix}.up"), self._weight(f"{prefix}.down")
         return TokenGate(
-            weight=down.weight,
+            weight=_widened(down.weight),
             bias=down.bias,
             up=up.weight,
             up_bias=up.bias,
@@ -151,3 +150,9 @@ class Decoder:
             self._weight(f"{prefix}.gate_up"),
             self._weight(f"{prefix}.down"),
         )
+
+
+def _widened(weight: Weight) -> Weight:
+    if weight.dtype == torch.float32:
+        return weight
+    return Weight.pack(weight.dense().float())

@@ -27,7 +27,7 @@ def _cpu_name() -> str:
         raise InvalidInput(f"PYRUNTIME_BACKEND must be native or reference, got {wanted!r}")
     if wanted == "native":
         try:
-            _load("native")
+            _load("native").isa()  # a PYRUNTIME_CPU_ISA that cannot be honoured is refused here
         except ImportError as error:
             _log.warning("native CPU ops are not built, using the slow torch ones: %s", error)
             return "reference"

@@ -49,11 +49,12 @@ def _check(op: str, name: str, tensor: Tensor, dtype: torch.dtype, dims: int) ->
 def _check_float(op: str, name: str, tensor: Tensor, dims: int) -> int:
     code = _CODES.get(tensor.dtype)
     if code is None or tensor.dim() != dims or not tensor.is_contiguous() or not tensor.is_cpu:
-        raise _refuse(op, name, f"a contiguous CPU float32 or bfloat16 tensor of rank {dims}", tensor)
+        expected = f"a contiguous CPU float32 or bfloat16 tensor of rank {dims}"
+        raise _refuse(op, name, expected, tensor)
     return code
 
 
-# ---- planners -------------------------------------------------------------------------------------
+# ---- planners ------------------------------------------------------------------------------------
 
 
 def plan_threshold(scores: Tensor, tau: Tensor, weighted: bool = False) -> Plan:
@@ -145,7 +146,7 @@ def quantile(scores: Tensor, q: float) -> Tensor:
     return torch.tensor(value, dtype=_F32)
 
 
-# ---- movement -------------------------------------------------------------------------------------
+# ---- movement ------------------------------------------------------------------------------------
 
 
 def gather(x: Tensor, plan: Plan) -> Tensor:
@@ -207,7 +208,7 @@ def combine(
     return out
 
 
-# ---- compute --------------------------------------------------------------------------------------
+# ---- compute -------------------------------------------------------------------------------------
 
 
 def segment_matmul(
@@ -236,7 +237,7 @@ def segment_matmul(
     mode = _EPILOGUES.get(epilogue)
     if mode is None or (mode == 3) != weight.interleaved:
         raise InvalidInput(
-            f"segment_matmul: epilogue must be one of {sorted(_EPILOGUES)} and silu_mul exactly for "
+            f"segment_matmul: epilogue must be one of {sorted(_EPILOGUES)}, silu_mul exactly for "
             f"interleaved weights, got {epilogue!r} with interleaved={weight.interleaved}"
         )
     rows = offsets = 0
@@ -259,6 +260,8 @@ def segment_matmul(
         raise InvalidInput(f"segment_matmul: {weight.segments} matrices need a plan")
     width = weight.out_features // 2 if mode == 3 else weight.out_features
     to = x.dtype if out_dtype is None else out_dtype
+    if to not in _CODES:
+        raise InvalidInput(f"segment_matmul: out_dtype must be float32 or bfloat16, got {to}")
     out = torch.empty(kept, width, dtype=to)
     bias_address = 0
     if bias is not None:

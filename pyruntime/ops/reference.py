@@ -18,7 +18,7 @@ from pyruntime.plan import Plan
 BLOCK = 32  # tokens of one block of the paged cache
 
 
-# ---- planners -------------------------------------------------------------------------------------
+# ---- planners ------------------------------------------------------------------------------------
 
 
 def plan_threshold(scores: Tensor, tau: Tensor, weighted: bool = False) -> Plan:
@@ -104,7 +104,7 @@ def _offsets(sizes: Tensor) -> Tensor:
     return F.pad(sizes.cumsum(0), (1, 0)).int()
 
 
-# ---- movement -------------------------------------------------------------------------------------
+# ---- movement ------------------------------------------------------------------------------------
 
 
 def gather(x: Tensor, plan: Plan) -> Tensor:
@@ -113,7 +113,7 @@ def gather(x: Tensor, plan: Plan) -> Tensor:
 
 
 def compact(x: Tensor, plan: Plan) -> Tensor:
-    """Move the kept rows of x [N, ...] to its front (x is mutated) and return that view [R, ...]."""
+    """Move the kept rows of x [N, ...] to its front (x is mutated); return that view [R, ...]."""
     x[: plan.kept] = x[plan.rows.long()]
     return x[: plan.kept]
 
@@ -142,7 +142,7 @@ def combine(
     return out.copy_(total)
 
 
-# ---- compute --------------------------------------------------------------------------------------
+# ---- compute -------------------------------------------------------------------------------------
 
 
 def segment_matmul(
@@ -162,7 +162,7 @@ def segment_matmul(
         weight: S matrices [N_out, K] of x's dtype.
         plan: None for one matrix over all rows.
         gather: read row ``plan.rows[r]`` of x instead of row r.
-        epilogue: none, gelu (erf), silu, or silu_mul: silu(first half) * second half of the columns.
+        epilogue: none, gelu (erf), silu, or silu_mul: silu(first half of the columns) * second.
         bias: float32 [S, N_out], or [N_out].
         out_dtype: of the result, x's by default; accumulation is float32.
 
@@ -181,8 +181,12 @@ def segment_matmul(
         if epilogue == "silu_mul":
             left, right = y.chunk(2, dim=1)
             y = F.silu(left) * right
+        elif epilogue == "gelu":
+            y = F.gelu(y)
+        elif epilogue == "silu":
+            y = F.silu(y)
         elif epilogue != "none":
-            y = {"gelu": F.gelu, "silu": F.silu}[epilogue](y)
+            raise InvalidInput(f"segment_matmul: unknown epilogue {epilogue!r}")
         parts.append(y)
     return torch.cat(parts).to(out_dtype or x.dtype)
 
@@ -194,7 +198,7 @@ def rms_norm(
 
     Args:
         weight: float32 [H].
-        probe: float32 [H]: the second result is ``out @ probe + probe_bias``, float32 [N] — a scalar
+        probe: float32 [H]: the second result is ``out @ probe + probe_bias``, float32 [N]: a scalar
             gate's logit at no extra pass. It reads the rounded row, as a gate after the norm would.
     """
     wide = x.float()
@@ -224,7 +228,7 @@ def rotate(
         norm: float32 [D], RMS norm of every head first (Qwen3).
     """
     at = positions if rows is None else positions[rows.long()]
-    heads = q.view(q.shape[0], -1, head_dim).float()
+    heads = q.view(q.shape[0], q.shape[1] // head_dim, head_dim).float()
     if norm is not None:
         heads = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + eps) * norm
     cos, sin = cos_sin[at.long()][:, None].chunk(2, dim=-1)
@@ -253,7 +257,7 @@ def append(
     key, value = kv.unflatten(1, (2, -1)).unbind(1)
     key = rotate(key.contiguous(), cos_sin, positions, None, head_dim, key_norm, eps)
     block, offset = slots.long() // BLOCK, slots.long() % BLOCK
-    shape = (kv.shape[0], -1, head_dim)
+    shape = (kv.shape[0], key.shape[1] // head_dim, head_dim)
     channel = torch.arange(head_dim)
     if keys.dtype == torch.bfloat16:
         at = (block[:, None], slice(None), channel // 2, offset[:, None], channel % 2)
@@ -269,7 +273,9 @@ def append(
         ).transpose(1, 2)
 
 
-def read_cache(keys: Tensor, values: Tensor, blocks: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+def read_cache(
+    keys: Tensor, values: Tensor, blocks: Tensor, head_dim: int
+) -> tuple[Tensor, Tensor]:
     """Keys and values of int64 blocks [B] in token order, each [B * 32, heads, D]."""
     key, value = keys[blocks], values[blocks]
     if keys.dtype == torch.bfloat16:

@@ -131,7 +131,7 @@ def _to_panels(rows: Tensor) -> Tensor:
         rows = torch.nn.functional.pad(rows, (0, 1))
     # A pair of bfloat16 is moved as one 32-bit word: half the elements to permute.
     words = rows.contiguous().view(torch.int32).view(segments, -1, PANEL, rows.shape[2] // 2)
-    return _transpose_panels(words).view(torch.bfloat16).unflatten(-1, (PANEL, 2))
+    return torch.unflatten(_transpose_panels(words).view(torch.bfloat16), -1, (PANEL, 2))
 
 
 def _transpose_panels(panels: Tensor) -> Tensor:

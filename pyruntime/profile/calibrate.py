@@ -18,7 +18,7 @@ from pyruntime.profile.measure import Call, Progress, Quality, Ticker, calls_of,
 
 BUDGETS = tuple(round(1 - step / 20, 2) for step in range(21))
 MIN_TOKENS = 64
-_EVERYTHING = ComputePolicy(budget=1.0)
+_EVERYTHING = ComputePolicy(budget=1.0, mode="calibrated")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,8 @@ def calibrate(
         "default_budget": 1.0,
     }
     trial = Runtime(replace(runtime.container, calibration=record))
-    qualities = [evaluate(trial, calls, ComputePolicy(budget=b), tick) for b in BUDGETS]
+    policies = [ComputePolicy(budget=budget, mode="calibrated") for budget in BUDGETS]
+    qualities = [evaluate(trial, calls, policy, tick) for policy in policies]
     record["kept"] = [1.0 - quality.skipped_share for quality in qualities]
     if max_drop is not None:
         default_budget = cheapest_within(max_drop, qualities)
@@ -98,9 +99,7 @@ def cheapest_within(max_drop: float, qualities: Sequence[Quality]) -> float:
     return min(b for b, q in zip(BUDGETS, qualities, strict=True) if q.accuracy >= floor)
 
 
-def _pass(
-    runtime: Runtime, call: Call, skip: float, lowest: Tensor | None, tick: Ticker
-) -> Tensor:
+def _pass(runtime: Runtime, call: Call, skip: float, lowest: Tensor | None, tick: Ticker) -> Tensor:
     """Thresholds float32 [L, 2] of one pass that skips by them; -inf where nothing may skip.
 
     Args:

@@ -90,13 +90,13 @@ def _files(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
             yield path
 
 
-def _documents(
-    path: Path, tokenizer: Encoder | None, vocab_size: int
-) -> Iterator[list[int]]:
+def _documents(path: Path, tokenizer: Encoder | None, vocab_size: int) -> Iterator[list[int]]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidInput(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise InvalidInput(
+            f"{path}: not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from None
     if path.suffix != ".jsonl":
         if text:
             yield _encode(text, tokenizer, str(path))

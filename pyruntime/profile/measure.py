@@ -14,7 +14,7 @@ from torch import Tensor
 from pyruntime.engine.runtime import Runtime, full_batch
 from pyruntime.format.spec import DecoderSpec
 from pyruntime.gates.policy import BRANCHES, ComputePolicy
-from pyruntime.gates.routing import Rule, Router
+from pyruntime.gates.routing import Router, Rule
 from pyruntime.gates.trace import Trace
 from pyruntime.layers.batch import Batch
 from pyruntime.layers.kv import PagedKV
@@ -53,7 +53,7 @@ class Call:
         rows = torch.nonzero(scored)[:, 0]
         self.batch = replace(batch, logit_rows=rows)
         self.targets = batch.tokens[rows + 1]
-        special = sorted({*spec.eos_token_ids, spec.pad_token_id} - {None})
+        special = [t for t in (*spec.eos_token_ids, spec.pad_token_id) if t is not None]
         self.valid = ~torch.isin(batch.tokens, torch.tensor(special, dtype=torch.int64))
 
     @property

@@ -76,8 +76,8 @@ def _notes(report: Report) -> list[str]:
     notes = [
         "dense: the same weights without gates, the baseline of work and time. Gated weights were "
         "trained with gates, so changes of accuracy are against the largest gated budget.",
-        "MACs saved: exact, gates and keys/values counted, of the timed prefill. prefill: median of "
-        f"{report.setting['repeats']} runs in turn with dense ones. ρ: time saved / MACs saved.",
+        "MACs saved: exact, gates and keys/values counted, of the timed prefill. prefill: median "
+        f"of {report.setting['repeats']} runs in turn with dense ones. ρ: time saved / MACs saved.",
     ]
     other = sorted({row.mode for row in report.rows if not row.causal})
     if other:

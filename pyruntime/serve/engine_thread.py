@@ -132,6 +132,10 @@ class EngineThread:
         for stream in self._streams.values():
             self._inbox.put(_Command("abort", stream.request))
 
+    def give_up(self) -> None:
+        """Fails every request: the engine hangs in a step and will not end them itself."""
+        self._fail_all("the engine does not answer")
+
     def stop(self) -> bool:
         """Ends the thread after the step it is in; False if it does not end."""
         self._inbox.put(_Command("stop"))
@@ -182,6 +186,11 @@ class EngineThread:
     def _loaded(self, engine: Engine) -> None:
         self.engine = engine
         self.stats = engine.stats()
+        log.info(
+            "ready: context of %d tokens, %d cache blocks",
+            engine.max_model_len,
+            self.stats.total_blocks,
+        )
 
     def _deliver(self, outputs: list[StepOutput], stats: EngineStats) -> None:
         self.stats = stats
@@ -192,6 +201,9 @@ class EngineThread:
 
     def _fault(self, error: Exception) -> None:
         self.error = error
-        for stream in self._streams.values():
-            stream.fail(EngineDead("the engine failed while this request was running"))
+        self._fail_all("the engine failed while this request was running")
         self._on_fault()
+
+    def _fail_all(self, reason: str) -> None:
+        for stream in self._streams.values():
+            stream.fail(EngineDead(reason))

@@ -134,7 +134,9 @@ class _Lifecycle:
         if not await self._emptied(self._config.drain_seconds):
             log.warning("aborting %d requests", engine.in_flight)
             engine.abort_all()
-            await self._emptied(1.0)
+            if not await self._emptied(1.0):
+                engine.give_up()
+                await self._emptied(1.0)
         self._server.should_exit = True
 
     async def _emptied(self, seconds: float) -> bool:

@@ -90,3 +90,28 @@ def generator(seed: int) -> torch.Generator:
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal numbers."""
     return torch.randn(*shape, generator=generator(seed)).to(dtype)
+
+
+# ---- compute ----
+
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-7}  # one step of the result's own format
+SUM = 2e-6  # of the sum of magnitudes: float32 additions in another order
+
+
+def assert_close(actual: Tensor, expected: Tensor, magnitude: Tensor | float) -> None:
+    """Equal up to the rounding of float32 sums of that magnitude, and of the result's dtype."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    wide, want = actual.double(), expected.double()
+    allowed = SUM * (magnitude + torch.ones_like(want)) + ROUNDING[actual.dtype] * want.abs()
+    worst = ((wide - want).abs() - allowed).max() if actual.numel() else torch.tensor(-1.0)
+    assert bool(worst <= 0), f"off by {float((wide - want).abs().max())}"
+
+
+def segments_plan(sizes: list[int], seed: int, dropped: int = 0) -> Plan:
+    """A plan whose segments have these sizes, over shuffled source rows."""
+    from pyruntime.ops import reference
+
+    labels = torch.cat([torch.full((size,), s) for s, size in enumerate(sizes)])
+    labels = torch.cat([labels, torch.full((dropped,), -1)])
+    order = torch.randperm(labels.numel(), generator=generator(seed))
+    return reference.plan_partition(labels[order].int(), len(sizes))

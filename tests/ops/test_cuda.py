@@ -9,13 +9,13 @@ import math
 import shutil
 from collections.abc import Iterator
 
-import cuda_emulator
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import cuda_emulator
 from pyruntime.errors import InvalidInput
 from pyruntime.ops import Weight, cuda, reference
 from pyruntime.ops.cuda import matmul as cuda_matmul

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 from pyruntime.engine.engine import Engine, EngineConfig
-from pyruntime.errors import FormatError
 from pyruntime.serve.lifecycle import ServeConfig, run
 from tests.engine.fakes import FakeModel, runtime_with_text, spec
 
@@ -19,7 +18,6 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--step-seconds", type=float, default=0.0)
     parser.add_argument("--load-seconds", type=float, default=0.0)
-    parser.add_argument("--load-fails", action="store_true")
     parser.add_argument("--max-num-seqs", type=int, default=8)
     parser.add_argument("--max-waiting", type=int, default=16)
     parser.add_argument("--drain-seconds", type=float, default=10.0)
@@ -38,8 +36,6 @@ def main() -> int:
 
         def load() -> Engine:
             time.sleep(args.load_seconds)
-            if args.load_fails:
-                raise FormatError("runtime.json: damaged on purpose")
             model = FakeModel(args.step_seconds)
             runtime = runtime_with_text(Path(folder), model=model, spec=spec(max_positions=4096))
             return Engine(runtime, engine_config)  # type: ignore[arg-type]

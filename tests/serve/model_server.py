@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from pyruntime.serve import serve
+from pyruntime.serve.lifecycle import serve
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)

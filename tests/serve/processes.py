@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,17 +18,20 @@ import openai
 
 class Server:
     def __init__(self, command: list[str]) -> None:
+        # A pipe nobody reads would block the server once it is full.
+        self._log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             command,
             cwd=os.getcwd(),
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._log,
             text=True,
         )
         line = self.process.stdout.readline()  # type: ignore[union-attr]
         if "listening on " not in line:
-            raise RuntimeError(f"no address: {line!r} {self.process.communicate()}")
+            self.process.wait(10)
+            raise RuntimeError(f"no address: {line!r} {self.log()}")
         self.url = line.split("listening on ")[1].strip()
 
     def wait_ready(self, seconds: float = 60) -> None:
@@ -57,8 +61,15 @@ class Server:
         return self.process.wait(seconds)
 
     def log(self) -> str:
-        """Everything the process wrote; only after it has ended."""
-        return self.process.communicate(timeout=10)[1]
+        """Everything the process has logged."""
+        self._log.seek(0)
+        return self._log.read()
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+        self._log.close()
 
 
 @contextlib.contextmanager
@@ -67,9 +78,7 @@ def running(command: list[str]) -> Iterator[Server]:
     try:
         yield server
     finally:
-        if server.process.poll() is None:
-            server.process.kill()
-        server.process.communicate()
+        server.kill()
 
 
 @contextlib.contextmanager

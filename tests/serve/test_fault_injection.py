@@ -39,9 +39,3 @@ def stream(server: Server) -> str:
     url = server.url + "/v1/completions"
     with httpx.stream("POST", url, json=ASK | {"stream": True}, timeout=30) as response:
         return "".join(response.iter_text())
-
-
-def test_a_model_that_cannot_be_loaded_ends_the_process() -> None:
-    with started("--load-fails", ready=False) as server:
-        assert server.wait(10) == 1
-        assert "runtime.json: damaged on purpose" in server.log()

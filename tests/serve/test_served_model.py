@@ -68,16 +68,12 @@ def test_chat_uses_the_models_template(model_server: Server) -> None:
     assert done.usage.prompt_tokens == len("user: hi\nassistant:")
 
 
-def test_the_log_tells_budget_mode_and_compute(tmp_path: Path) -> None:
-    folder = gated_folder(tmp_path)
-    with running([sys.executable, "-m", "tests.serve.model_server", str(folder)]) as server:
-        server.wait_ready()
-        ask(server, "hello", 0.5)
-        server.terminate()
-        assert server.wait(10) == 0
-        log = server.log()
-    assert "budget=0.500 mode=calibrated" in log and "kv_mode=dense" in log
-    assert "output=24" in log and "finish=length" in log
+def test_the_log_tells_budget_mode_and_compute(model_server: Server) -> None:
+    done = ask(model_server, "hello", 0.5)
+    (line,) = (line for line in model_server.log().splitlines() if done.id in line)
+    for word in ("prompt=5", "output=24", "budget=0.500", "mode=calibrated", "kv_mode=dense"):
+        assert word in line
+    assert f"compute={done.compute['mean']:.4f}" in line and "finish=length" in line
 
 
 def test_a_folder_that_is_not_a_model_ends_with_its_reason(tmp_path: Path) -> None:
@@ -85,3 +81,8 @@ def test_a_folder_that_is_not_a_model_ends_with_its_reason(tmp_path: Path) -> No
     with running(command) as server:
         assert server.wait(20) != 0
         assert "runtime.json" in server.log()
+
+
+def test_an_idle_server_stops_at_once(model_server: Server) -> None:
+    model_server.terminate()  # the last test of this file
+    assert model_server.wait(5) == 0

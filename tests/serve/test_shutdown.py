@@ -50,9 +50,3 @@ def test_what_does_not_finish_in_time_is_ended_as_abort() -> None:
         assert answer.result().json()["choices"][0]["finish_reason"] == "abort"
         assert server.wait(10) == 0
         assert time.monotonic() - began < 4
-
-
-def test_an_idle_server_stops_at_once() -> None:
-    with started() as server:
-        server.terminate()
-        assert server.wait(5) == 0

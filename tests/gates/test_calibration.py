@@ -1,0 +1,99 @@
+"""Policies, and thresholds at any budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyruntime.errors import InvalidInput
+from pyruntime.gates.calibration import Calibration
+from pyruntime.gates.policy import ComputePolicy
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    return {
+        "budgets": [1.0, 0.8, 0.4],
+        "thresholds": [
+            [[0.1, None], [0.2, 0.3]],
+            [[0.3, None], [0.4, 0.5]],
+            [[0.7, None], [0.6, 0.6]],
+        ],
+        "default_budget": 0.8,
+    } | changes
+
+
+@pytest.mark.parametrize(
+    ("budget", "attention"), [(1.0, -torch.inf), (0.9, 0.2), (0.8, 0.3), (0.6, 0.5), (0.4, 0.7)]
+)
+def test_thresholds_are_linear_between_grid_budgets(budget: float, attention: float) -> None:
+    tau = Calibration(record()).tau(budget)
+    assert tau.shape == (2, 2) and tau.dtype == torch.float32
+    assert float(tau[0, 0]) == pytest.approx(attention)
+    assert float(tau[0, 1]) == -torch.inf  # null: a branch that never skips
+
+
+def test_the_ends_of_the_range() -> None:
+    calibration = Calibration(record())
+    assert bool((calibration.tau(1.0) == -torch.inf).all())
+    assert calibration.tau(0.0).tolist() == [[torch.inf, -torch.inf], [torch.inf, torch.inf]]
+    assert calibration.default_budget == 0.8
+    assert Calibration({k: v for k, v in record().items() if k != "default_budget"}).default_budget == 1
+
+
+def test_budget_zero_always_skips_when_the_grid_starts_at_never() -> None:
+    """The record a GateSkip sidecar becomes: null everywhere at budget 1, numbers at its own."""
+    sidecar = Calibration({
+        "budgets": [1.0, 0.75], "thresholds": [[[None, None]], [[0.5, None]]],
+    })  # fmt: skip
+    assert sidecar.tau(0.75).tolist() == [[0.5, -torch.inf]]
+    assert sidecar.tau(0.0).tolist() == [[torch.inf, -torch.inf]]
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_less_budget_never_skips_less(a: float, b: float) -> None:
+    calibration = Calibration(record())
+    low, high = calibration.tau(max(a, b)), calibration.tau(min(a, b))
+    assert bool((low <= high).all()) and not bool(low.isnan().any() or high.isnan().any())
+
+
+def test_asking_does_not_change_the_record() -> None:
+    calibration = Calibration(record())
+    for budget in (1.0, 0.8, 0.5, 0.0):
+        calibration.tau(budget).fill_(9.0)
+    assert float(calibration.tau(0.8)[0, 0]) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("budgets", [[1.0, 0.4, 0.8], [1.0, 0.8]])
+def test_a_record_that_does_not_fall_is_refused(budgets: list[float]) -> None:
+    with pytest.raises(InvalidInput, match="calibration: budgets must fall"):
+        Calibration(record(budgets=budgets))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"budget": 1.5}, r"budget must be a number in \[0, 1\], got 1.5"),
+        ({"budget": -0.1}, "budget must be .* got -0.1"),
+        ({"budget": True}, "budget must be .* got True"),
+        ({"budget": "0.5"}, "budget must be .* got '0.5'"),
+        ({"budget": float("nan")}, "budget must be .* got nan"),
+        ({"mode": "fast"}, "mode must be one of calibrated, .*got 'fast'"),
+        ({"kv_mode": "none"}, "kv_mode must be one of dense, copy, got 'none'"),
+        ({"branches": ("attn", "ffn")}, "branches must be among"),
+        ({"exit": 3}, "exit is set, but this model has none"),
+        ({"experts": 2}, "experts is set, but"),
+    ],
+)
+def test_policies_refuse(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        ComputePolicy(**values)
+
+
+def test_policies_are_values() -> None:
+    assert ComputePolicy(budget=0.5) == ComputePolicy(budget=0.5)
+    assert len({ComputePolicy(), ComputePolicy(), ComputePolicy(mode="exact_k")}) == 2
+    assert ComputePolicy(budget=0).budget == 0 and ComputePolicy(budget=1).budget == 1
