@@ -20,6 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from bench import gated_model, limits
+from bench.harness import Arm, Report, Samples, alternate, target
+from bench.peers import VARIABLE, Peer, peer_python
 from pyruntime.engine.runtime import Runtime, full_batch
 from pyruntime.gates.policy import ComputePolicy
 from pyruntime.gates.routing import Router
@@ -27,11 +32,6 @@ from pyruntime.gates.trace import Trace
 from pyruntime.layers.batch import Batch
 from pyruntime.layers.kv import BLOCK, PagedKV
 from pyruntime.models.decoder import Decoder
-from torch import Tensor
-
-from bench import gated_model, limits
-from bench.harness import Arm, Report, Samples, alternate, target
-from bench.peers import VARIABLE, Peer, peer_python
 
 SKIPS = (0.25, 0.5, 0.7)
 SEQUENCES, LENGTH = 8, 512
@@ -53,7 +53,9 @@ class Prefill:
         ends = torch.arange(1, len(self.prompts) + 1) * len(self.prompts[0]) - 1
         return dataclasses.replace(batch, logit_rows=ends)
 
-    def run(self, runtime: Runtime, skip: float, replay: Tensor | None = None) -> tuple[float, Trace]:
+    def run(
+        self, runtime: Runtime, skip: float, replay: Tensor | None = None
+    ) -> tuple[float, Trace]:
         """Seconds from token ids to logits, and what was executed."""
         policies = [ComputePolicy(budget=1.0 - skip)] * len(self.prompts)
         start = time.perf_counter()
@@ -110,14 +112,17 @@ class Decode:
         return seconds, [runtime.trace(router, batch, policies) for router, batch in done]
 
     def thresholds(self, runtime: Runtime, skip: float) -> Tensor:
-        """Thresholds [L, 2] that skip this share of the steps in every branch. All steps as one
-        prefill chunk: rows do not depend on their batch mates, so the scores are those of decoding."""
+        """Thresholds [L, 2] that skip this share of the steps in every branch.
+
+        All steps run as one chunk: a row does not depend on its batch mates, so these are the
+        scores that decoding will see.
+        """
         batch = self.rows(len(self.context), self.tokens)
         return quantile_thresholds(runtime, batch, self.kv, skip)
 
 
 def quantile_thresholds(runtime: Runtime, batch: Batch, kv: PagedKV, skip: float) -> Tensor:
-    """Thresholds [L, 2]: the quantile of the scores of every branch, branches before it skipping."""
+    """Thresholds [L, 2]: quantiles of each branch's scores, the branches before it skipping."""
     found = torch.empty(runtime.spec.num_layers, 2)
 
     def rule(layer: int, branch: int, scores: Tensor) -> Tensor:
@@ -141,16 +146,16 @@ def kept_macs(runtime: Runtime, trace: Trace, batch: Batch) -> int:
 
 
 def weight_bytes(model: Decoder, kept: Tensor) -> int:
-    """Bytes of weights a step must read; kept bool [L, 2]. Norms, gates, K/V and head always."""
+    """Bytes of weights a step must read; kept bool [L, 2]. Norms, gates, K/V, head always."""
     total = model._head.weight.data.nbytes
     for (attention, mlp), (runs, feeds) in zip(model.layers, kept.tolist(), strict=True):
         total += attention.kv.weight.data.nbytes
         total += runs * (attention.q.weight.data.nbytes + attention.o.weight.data.nbytes)
         total += feeds * (mlp.gate_up.weight.data.nbytes + mlp.down.weight.data.nbytes)
         for residual in (attention.residual, mlp.residual):
-            gate = residual.gate
-            parts = (residual.norm, gate and gate.probe, gate and gate.weight)
-            total += sum(part.data.nbytes for part in parts if part is not None)
+            total += residual.norm.nbytes
+            if residual.gate is not None and residual.gate.probe is not None:
+                total += residual.gate.probe.nbytes
     return total
 
 
@@ -171,7 +176,7 @@ def add_rho(
 
 
 def agreement(ours: Tensor | None, theirs: list[float]) -> dict[str, Any]:
-    """Whether both engines computed the same model: bfloat16 leaves a difference, not another token."""
+    """Whether both engines computed the same model, up to bfloat16."""
     assert ours is not None
     other = torch.tensor(theirs)
     return {
@@ -359,17 +364,17 @@ def main() -> None:
     """Runs one scenario."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scenario", choices=("prefill", "decode", "vector"))
-    parser.add_argument("--work", type=Path, help="keep the model here; default: a temporary folder")
+    parser.add_argument("--work", type=Path, help="keep the model here")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=130, help="longest wait for a quiet machine")
+    parser.add_argument("--seconds", type=float, default=130, help="longest wait for quiet")
     parser.add_argument("--quick", action="store_true", help="a 2-layer model: does it run at all?")
     args = parser.parse_args()
     args.shape = gated_model.SHAPE | ({"num_layers": 2} if args.quick else {})
     if args.quick:
         args.rounds, args.seconds = 2, 0
     torch.set_num_threads(args.threads)
-    report = Report(f"gateskip_{args.scenario}")
+    report = Report(f"gateskip_{args.scenario}", store=not args.quick)
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from pyruntime.engine.runtime import Runtime
 from pyruntime.format.convert import convert
 from pyruntime.format.load import Container, read
 from pyruntime.format.spec import GateSpec, decoder_tensors
 from pyruntime.gates.calibration import Calibration
 from pyruntime.ops.weight import Weight
-
 from tests.checkpoints import write_hf_folder
 
 # 218 M parameters in the layers, 284 M with the embedding and the head.

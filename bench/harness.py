@@ -120,15 +120,15 @@ def target(measured: float, wanted: float, at_most: bool = False) -> dict[str, A
 
 
 class Report:
-    """Rows of one benchmark: printed as they come, stored in bench/results/NAME.json.
+    """Rows of one benchmark: printed as they come; `store` puts them in bench/results/NAME.json.
 
     Every row carries the git revision, the machine, the threads and the versions. A row with a
     `limit` gets the `fraction` of it that was reached.
     """
 
-    def __init__(self, name: str) -> None:
-        self._path = RESULTS / f"{name}.json"
-        self._common = environment()
+    def __init__(self, name: str, store: bool = True) -> None:
+        self._path = RESULTS / f"{name}.json" if store else None
+        self._common = environment()  # the threads as they are now: set them first
         self._rows: list[dict[str, Any]] = []
 
     def add(self, **row: Any) -> None:
@@ -139,9 +139,10 @@ class Report:
 
     def close(self) -> int:
         """Write the file, print the misses; exit status 1 if a fraction exceeds its limit."""
-        RESULTS.mkdir(exist_ok=True)
-        lines = (json.dumps(row | self._common) for row in self._rows)
-        self._path.write_text("".join(f"{line}\n" for line in lines))
+        if self._path is not None:
+            RESULTS.mkdir(exist_ok=True)
+            lines = (json.dumps(row | self._common) for row in self._rows)
+            self._path.write_text("".join(f"{line}\n" for line in lines))
         wrong = [row for row in self._rows if row.get("fraction", 0) > TOLERANCE]
         for row in self._rows:
             if "pass" in row:

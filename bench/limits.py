@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,9 +84,9 @@ def _torch_limits(threads: int, megabytes: int) -> Limits:
     peaks = []
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-        peaks.append(2 * 1024**3 / _best(lambda a=a, b=b: torch.mm(a, b), 3) / 1e9)
+        peaks.append(2 * 1024**3 / _best(partial(torch.mm, a, b), 3) / 1e9)
     torch.set_num_threads(before)
-    return Limits(threads, read / 1e9, copy / 1e9, *peaks, method="torch")
+    return Limits(threads, read / 1e9, copy / 1e9, peaks[0], peaks[1], method="torch")
 
 
 def _best(run: Callable[[], object], repeats: int) -> float:

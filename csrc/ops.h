@@ -65,7 +65,7 @@ struct NormArgs {
   const void* x;        // [N, H]
   const float* weight;  // [H]
   void* out;            // [N, H]; out may be x
-  // [H] or null: probe_out[n] = dot(out[n], probe) + probe_bias, of the rounded row
+  // [H] or null: probe_out[n] = sigmoid(dot(out[n], probe) + probe_bias), of the rounded row
   const float* probe;
   float probe_bias;
   float* probe_out;  // [N]

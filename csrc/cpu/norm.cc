@@ -1,4 +1,4 @@
-// rms_norm with the scalar gate's dot product, and the sigmoid + mean of a vector gate.
+// rms_norm with the scalar gate's score, and the sigmoid + mean of a vector gate.
 // One read and one write of every row: composed from torch ops the same takes about ten passes.
 #include <omp.h>
 
@@ -31,7 +31,7 @@ void norm_row(const NormArgs& args, int64_t n) {
   store_part(out + whole, last * scale * load_part(args.weight + whole, rest), rest);
   if (args.probe) {
     dot += load_part(out + whole, rest) * load_part(args.probe + whole, rest);
-    args.probe_out[n] = sum(dot) + args.probe_bias;
+    args.probe_out[n] = sigmoid(splat(sum(dot) + args.probe_bias))[0];
   }
 }
 

@@ -67,7 +67,8 @@ def calibrate(args: argparse.Namespace) -> int:
     for budget, kept, quality in zip(
         found.record["budgets"], found.record["kept"], found.qualities, strict=True
     ):
-        print(f"{budget:6.2f}  {kept:5.3f}  {quality.accuracy:8.2%}")
+        chosen = "  default" if budget == found.record["default_budget"] else ""
+        print(f"{budget:6.2f}  {kept:5.3f}  {quality.accuracy:8.2%}{chosen}")
     print(
         f"{args.model}: calibrated on {found.record['tokens']} tokens, default budget "
         f"{found.record['default_budget']:g}"
@@ -150,13 +151,14 @@ def _corpus(args: argparse.Namespace, runtime: Runtime) -> Corpus:
     from pyruntime.profile.data import read_corpus
 
     longest = runtime.spec.max_positions
-    if args.length > longest:
-        raise InvalidInput(f"--length {args.length}: the context of this model holds {longest}")
+    length = min(512, longest) if args.length is None else args.length
+    if length > longest:
+        raise InvalidInput(f"--length {length}: the context of this model holds {longest}")
     return read_corpus(
         args.data,
         runtime.tokenizer,
         vocab_size=runtime.spec.vocab_size,
-        length=args.length,
+        length=length,
         limit=args.tokens,
     )
 

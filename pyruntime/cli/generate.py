@@ -52,17 +52,14 @@ def generate(args: argparse.Namespace) -> int:
     shaded = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
     prompt: Prompt = args.prompt if args.prompt is not None else _ids(args.prompt_ids)
     started = time.perf_counter()
-    last: RequestOutput | None = None
     shown = 0
-    for last in LLM(runtime).generate(prompt, sampling, policy, stream=True):
+    for last in LLM(runtime).generate([prompt], sampling, policy, stream=True):
         output = last.outputs[0]
         if len(output.token_ids) == 1:
             _write_prompt(runtime, last, shaded)
         piece = output.text[shown:] if runtime.tokenizer else f" {output.token_ids[-1]}"
         shown = len(output.text)
         _write(piece, output.compute[-1], shaded)
-    if last is None:
-        raise InvalidInput("nothing was generated")
     print(f"\n\n{_totals(runtime, last, time.perf_counter() - started)}")
     return 0
 

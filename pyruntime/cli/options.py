@@ -121,4 +121,4 @@ def _data(p: argparse.ArgumentParser, tokens: int) -> None:
         help='.txt, .py, .md, .jsonl (lines with "text" or "token_ids") or folders of them',
     )
     p.add_argument("--tokens", type=int, default=tokens, help="about how many tokens to use")
-    p.add_argument("--length", type=int, default=512, help="longest sequence, in tokens")
+    p.add_argument("--length", type=int, help="longest sequence, in tokens; by default at most 512")

@@ -75,7 +75,8 @@ class Runtime:
             InvalidInput: the model cannot honour it.
         """
         policy = policy or ComputePolicy()
-        mode = policy.mode or (self.gates.rule if self.gates else "calibrated")
+        # The published rules are not causal: a folder may record one, a request must name it.
+        mode = policy.mode or "calibrated"
         budget = policy.budget
         if budget is None:
             budget = self._default_budget(mode)
@@ -198,10 +199,9 @@ class Runtime:
         return Output(list(logits.split(lengths)), trace)
 
     def _default_budget(self, mode: str) -> float:
-        if self.calibration is not None:
-            return self.calibration.default_budget
-        # The skip ratio of a folder without thresholds means something to the quantile rules only.
-        return 1.0 - self.gates.skip_ratio if self.gates and mode != "calibrated" else 1.0
+        if mode != "calibrated":
+            return 1.0 - self.gates.skip_ratio if self.gates else 1.0
+        return self.calibration.default_budget if self.calibration else 1.0
 
     def _copies(self, policy: ComputePolicy | None) -> bool:
         wanted = policy.kv_mode if policy is not None else None

@@ -45,10 +45,15 @@ class Calibration:
             return torch.full_like(last, -torch.inf)
         if budget <= 0.0:
             return torch.where(last == -torch.inf, last, torch.inf)
-        above = max(i for i, grid in enumerate(self.budgets) if grid >= budget or i == 0)
+        if not self.budgets[-1] <= budget <= self.budgets[0]:
+            raise InvalidInput(
+                f"budget {budget}: thresholds are stored from {self.budgets[0]} to "
+                f"{self.budgets[-1]}; run `pyruntime calibrate`"
+            )
+        above = max(i for i, grid in enumerate(self.budgets) if grid >= budget)
         below = min(above + 1, len(self.budgets) - 1)
         span = self.budgets[above] - self.budgets[below]
-        part = min(max((self.budgets[above] - budget) / span, 0.0), 1.0) if span > 0 else 0.0
+        part = (self.budgets[above] - budget) / span if span > 0 else 0.0
         low, high = self.thresholds[above], self.thresholds[below]
         if part == 0.0:
             return low.clone()

@@ -64,13 +64,12 @@ class TokenGate:
         """One value per token."""
         return self.weight is None or self.weight.out_features == 1
 
-    def evaluate(self, ops: ModuleType, x: Tensor, logits: Tensor | None) -> GateValue:
-        """Scores of rows x [N, d]; `logits` float32 [N] if the norm has run the probe."""
-        if logits is not None:
-            # Not torch.sigmoid: the ends of its vectors round differently, by place in the batch.
-            return GateValue(ops.gate(logits[:, None]), None)
+    def evaluate(self, ops: ModuleType, x: Tensor, scores: Tensor | None) -> GateValue:
+        """The gate of rows x [N, d]; `scores` float32 [N] if the norm has run the probe."""
+        if scores is not None:
+            return GateValue(scores, None)
         if self.weight is None:
-            raise InvalidInput("gate: a gate without a weight needs the logits of its probe")
+            raise InvalidInput("gate: a gate without a weight needs the scores of its probe")
         if self.up is not None:
             inner = ops.segment_matmul(x, self.up, bias=self.up_bias, out_dtype=torch.float32)
             x = inner.relu_()  # stays float32: rounded, it would no longer rank the tokens right

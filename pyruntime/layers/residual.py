@@ -70,8 +70,8 @@ class Residual:
             x, _ = step.ops.rms_norm(h, self.norm, self.eps)
             plan = router.plan(self.layer, self.branch, None, False)
             return Entry(x, None, plan, plan)
-        x, logits = step.ops.rms_norm(h, self.norm, self.eps, gate.probe, gate.probe_bias)
-        value = gate.evaluate(step.ops, x, logits)
+        x, scores = step.ops.rms_norm(h, self.norm, self.eps, gate.probe, gate.probe_bias)
+        value = gate.evaluate(step.ops, x, scores)
         plan = router.plan(self.layer, self.branch, value.scores, gate.weighted)
         if gate.entry:
             x = gate.scale_input(x, value)

@@ -18,6 +18,16 @@ _CODES = {torch.float32: 0, torch.bfloat16: 1}
 _EPILOGUES = {"none": 0, "gelu": 1, "silu": 2, "silu_mul": 3}
 _F32 = torch.float32
 _I32 = torch.int32
+_ONE = Plan.all(1)
+_NONE_OF_ONE = Plan(
+    torch.empty(0, dtype=_I32),
+    torch.zeros(2, dtype=_I32),
+    None,
+    torch.full((1, 1), -1, dtype=_I32),
+    1,
+    0,
+)
+_NO_WEIGHTS = torch.empty(0, dtype=_F32)
 
 
 def isa() -> str:
@@ -65,6 +75,13 @@ def plan_threshold(scores: Tensor, tau: Tensor, weighted: bool = False) -> Plan:
     _check("plan_threshold", "tau", tau, _F32, 0 if single else 1)
     if not single and tau.shape[0] != count:
         raise InvalidInput(f"plan_threshold: tau has {tau.shape[0]} rows, scores {count}")
+    if count == 1:
+        # Decoding one sequence: the answer is yes or no, and both plans exist already.
+        plan = _NONE_OF_ONE if scores.item() <= tau.item() else _ONE
+        if not weighted:
+            return plan
+        weights = scores if plan is _ONE else _NO_WEIGHTS
+        return Plan(plan.rows, plan.offsets, weights, plan.inverse, 1, plan.capacity)
     rows = torch.empty(count, dtype=_I32)
     offsets = torch.empty(2, dtype=_I32)
     inverse = torch.empty(count, 1, dtype=_I32)
@@ -293,32 +310,32 @@ def segment_matmul(
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, probe: Tensor | None = None, probe_bias: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
-    """RMS norm and its dot product with a probe; see `pyruntime.ops.reference.rms_norm`."""
+    """RMS norm and a scalar gate on it; see `pyruntime.ops.reference.rms_norm`."""
     code = _check_float("rms_norm", "x", x, 2)
     rows, width = x.shape
     _check("rms_norm", "weight", weight, _F32, 1)
     if weight.shape[0] != width:
         raise _refuse("rms_norm", "weight", f"[{width}]", weight)
     out = torch.empty_like(x)
-    logits = None
+    scores = None
     if probe is not None:
         _check("rms_norm", "probe", probe, _F32, 1)
         if probe.shape[0] != width:
             raise _refuse("rms_norm", "probe", f"[{width}]", probe)
-        logits = torch.empty(rows, dtype=_F32)
+        scores = torch.empty(rows, dtype=_F32)
     _cpu.rms_norm(
         x.data_ptr(),
         weight.data_ptr(),
         out.data_ptr(),
         0 if probe is None else probe.data_ptr(),
         probe_bias,
-        0 if logits is None else logits.data_ptr(),
+        0 if scores is None else scores.data_ptr(),
         rows,
         width,
         eps,
         code,
     )
-    return out, logits
+    return out, scores
 
 
 def gate(logits: Tensor) -> Tensor:

@@ -198,12 +198,13 @@ def rms_norm(
 
     Args:
         weight: float32 [H].
-        probe: float32 [H]: the second result is ``out @ probe + probe_bias``, float32 [N]: a scalar
-            gate's logit at no extra pass. It reads the rounded row, as a gate after the norm would.
+        probe: float32 [H]: the second result is ``sigmoid(out @ probe + probe_bias)``, float32
+            [N]: a scalar gate at no extra pass. It reads the rounded row, as a gate after the norm
+            would.
     """
     wide = x.float()
     out = (wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + eps) * weight).to(x.dtype)
-    return out, None if probe is None else out.float() @ probe + probe_bias
+    return out, None if probe is None else torch.sigmoid(out.float() @ probe + probe_bias)
 
 
 def gate(logits: Tensor) -> Tensor:

@@ -42,9 +42,9 @@ def calibrate(
 
     A threshold found on a dense pass is wrong once earlier layers skip, because they change what
     later gates see. So each budget has a pass of its own in which every branch, as it is reached,
-    skips at the quantile of its own scores in that pass. Passes over calls of `call_tokens` tokens
-    are averaged; a second pass with the final thresholds measures what is kept and how well the
-    model predicts. Nothing is written.
+    skips at the quantile of its own scores in that pass. Passes over calls of about `call_tokens`
+    tokens are averaged; a second pass with the final thresholds measures what is kept and how well
+    the model predicts. Nothing is written.
 
     Args:
         default_budget: of requests that name none; without it 1.0.

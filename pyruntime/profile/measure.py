@@ -96,16 +96,10 @@ class Quality:
 
 
 def calls_of(sequences: Sequence[Sequence[int]], spec: DecoderSpec, rows: int) -> list[Call]:
-    """Consecutive sequences in calls of at most `rows` rows, or of one longer sequence."""
-    groups: list[list[Sequence[int]]] = [[]]
-    used = 0
-    for sequence in sequences:
-        if groups[-1] and used + len(sequence) > rows:
-            groups.append([])
-            used = 0
-        groups[-1].append(sequence)
-        used += len(sequence)
-    return [Call(group, spec) for group in groups]
+    """The sequences in calls of about `rows` rows, dealt like cards: each call is a fair sample."""
+    total = sum(map(len, sequences))
+    count = min(max(1, round(total / rows)), len(sequences))
+    return [Call(sequences[i::count], spec) for i in range(count)]
 
 
 def run(

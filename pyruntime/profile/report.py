@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from pyruntime.profile.sweep import Report, Row
 
+_BUSY = 0.1  # relative interquartile range of the times of one and the same computation
 _HEADERS = ("budget", "mode", "ppl", "accuracy", "change", "skipped", "MACs saved", "prefill",
             "time saved", "ρ")  # fmt: skip
 
@@ -33,7 +34,10 @@ def to_json(report: Report) -> str:
             "quality": asdict(row.quality),
             "prefill": asdict(prefill) | derived | {"rho": prefill.realised},
         })  # fmt: skip
-    return json.dumps({"setting": report.setting, "rows": rows}, indent=1) + "\n"
+    return (
+        json.dumps({"setting": report.setting, "noise": report.noise, "rows": rows}, indent=1)
+        + "\n"
+    )
 
 
 def to_html(report: Report) -> str:
@@ -68,7 +72,7 @@ def _title(report: Report) -> str:
     return (
         f"{s['model']}: {s['tokens']} tokens; prefill of {s['timed_sequences']} sequences, "
         f"{s['timed_tokens']} tokens, {s['dtype']}, {s['backend']}, {s['threads']} threads, "
-        f"{s['processor']}"
+        f"{s['processor']}; rows are packed below {s['packed_below']:.0%} kept"
     )
 
 
@@ -79,6 +83,11 @@ def _notes(report: Report) -> list[str]:
         "MACs saved: exact, gates and keys/values counted, of the timed prefill. prefill: median "
         f"of {report.setting['repeats']} runs in turn with dense ones. ρ: time saved / MACs saved.",
     ]
+    if report.noise > _BUSY:
+        notes.append(
+            f"This machine was busy: the middle half of the dense runs spans {report.noise:.0%} of "
+            "their median. Conclude nothing from these times; repeat on an idle machine."
+        )
     other = sorted({row.mode for row in report.rows if not row.causal})
     if other:
         notes.append(
@@ -149,7 +158,7 @@ def _plot(report: Report) -> str:
         f"{row.budget:g}</text>"
         for s, a, row in zip(work, accuracy, rows, strict=True)
     ]
-    parts.append('<text x="340" y="345" text-anchor="middle" font-size="13">next-token accuracy '
+    parts.append('<text x="340" y="345" text-anchor="middle" font-size="12">next-token accuracy '
                  "over the share of dense MACs (filled) and of dense time (hollow); labels are "
                  "budgets</text></svg>")  # fmt: skip
     return "\n".join(parts)

@@ -82,10 +82,12 @@ class Report:
     Attributes:
         rows: the ungated model first, then every mode with its budgets.
         setting: what was measured on what, plain JSON values.
+        noise: interquartile range of the ungated model's own times, over their median.
     """
 
     rows: list[Row]
-    setting: dict[str, str | int]
+    setting: dict[str, str | int | float]
+    noise: float
 
 
 def sweep(
@@ -98,7 +100,7 @@ def sweep(
     repeats: int = 7,
     progress: Progress | None = None,
 ) -> Report:
-    """Every mode at every budget, on the corpus in calls of at most `call_tokens` tokens.
+    """Every mode at every budget, on the corpus in calls of about `call_tokens` tokens.
 
     The baseline of time is the model without its gates, run by the same code on the same tensors in
     turn with each policy (A B A B …); budget 1.0 is a row of its own and shows what gates cost.
@@ -123,14 +125,16 @@ def sweep(
     dense_times, times = _alternate(runtime, ungated, calls[0], policies, repeats, tick)
 
     median = statistics.median
-    whole = median(time for some in dense_times for time in some)
+    every = [time for some in dense_times for time in some]
+    whole = median(every)
+    low, _, high = statistics.quantiles(every, n=4) if len(every) > 1 else (whole,) * 3
     executed = _executed(ungated, calls[0], everything)
     rows = [Row(None, "dense", True, dense_quality, Prefill(whole, whole, *executed))]
     for policy, quality, dense, own in zip(policies, qualities, dense_times, times, strict=True):
         prefill = Prefill(median(own), median(dense), *_executed(runtime, calls[0], policy))
         mode, budget = runtime.resolve(policy)
         rows.append(Row(budget, mode, mode in CAUSAL_MODES, quality, prefill))
-    return Report(rows, _setting(runtime, corpus, calls, repeats))
+    return Report(rows, _setting(runtime, corpus, calls, repeats), (high - low) / whole)
 
 
 def _alternate(
@@ -163,7 +167,7 @@ def _executed(runtime: Runtime, call: Call, policy: ComputePolicy) -> tuple[int,
 
 def _setting(
     runtime: Runtime, corpus: Corpus, calls: Sequence[Call], repeats: int
-) -> dict[str, str | int]:
+) -> dict[str, str | int | float]:
     ops = runtime.model.ops
     name = ops.__name__.rpartition(".")[2]
     return {
@@ -174,6 +178,7 @@ def _setting(
         "timed_sequences": calls[0].num_sequences,
         "timed_tokens": calls[0].batch.num_rows,
         "repeats": repeats,
+        "packed_below": runtime.packed_below,
         "backend": f"{name} ({ops.isa()})" if name == "native" else name,
         "threads": torch.get_num_threads(),
         "processor": processor(),

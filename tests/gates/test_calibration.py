@@ -41,7 +41,10 @@ def test_the_ends_of_the_range() -> None:
     assert bool((calibration.tau(1.0) == -torch.inf).all())
     assert calibration.tau(0.0).tolist() == [[torch.inf, -torch.inf], [torch.inf, torch.inf]]
     assert calibration.default_budget == 0.8
-    assert Calibration({k: v for k, v in record().items() if k != "default_budget"}).default_budget == 1
+    assert (
+        Calibration({k: v for k, v in record().items() if k != "default_budget"}).default_budget
+        == 1
+    )
 
 
 def test_budget_zero_always_skips_when_the_grid_starts_at_never() -> None:
@@ -53,11 +56,17 @@ def test_budget_zero_always_skips_when_the_grid_starts_at_never() -> None:
     assert sidecar.tau(0.0).tolist() == [[torch.inf, -torch.inf]]
 
 
-@given(st.floats(0, 1), st.floats(0, 1))
+@given(st.floats(0.4, 1), st.floats(0.4, 1))
 def test_less_budget_never_skips_less(a: float, b: float) -> None:
     calibration = Calibration(record())
     low, high = calibration.tau(max(a, b)), calibration.tau(min(a, b))
     assert bool((low <= high).all()) and not bool(low.isnan().any() or high.isnan().any())
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.39])
+def test_a_budget_outside_the_grid_is_refused(budget: float) -> None:
+    with pytest.raises(InvalidInput, match=rf"budget {budget}: thresholds are stored from 1.0 to"):
+        Calibration(record()).tau(budget)
 
 
 def test_asking_does_not_change_the_record() -> None:

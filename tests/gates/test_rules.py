@@ -160,7 +160,9 @@ def test_g08_ties(ops: ModuleType) -> None:
 def test_g08_exact_k_is_exact(values: list[float], skip: float, data: st.DataObject) -> None:
     scores = torch.tensor(values, dtype=torch.float32)
     size = len(values)
-    valid = torch.tensor(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)), dtype=torch.bool)
+    valid = torch.tensor(
+        data.draw(st.lists(st.booleans(), min_size=size, max_size=size)), dtype=torch.bool
+    )
     keep = exact_k(scores, valid, skip)
     out = (~keep).nonzero()[:, 0].tolist()
     ranked = sorted(valid.nonzero()[:, 0].tolist(), key=lambda n: (values[n], n))
@@ -222,6 +224,8 @@ def test_without_a_rule_everything_runs_with_its_gate() -> None:
 
 def test_packing_stops_where_it_was_measured_to_stop() -> None:
     router = Router(native, 10, packed_below=0.9)
-    plans = {n: native.plan_threshold(torch.arange(10.0), torch.tensor(9.5 - n)) for n in (8, 9, 10)}
+    plans = {
+        n: native.plan_threshold(torch.arange(10.0), torch.tensor(9.5 - n)) for n in (8, 9, 10)
+    }
     assert [router.packs(0, n, plan) for n, plan in plans.items()] == [True, False, True]
     assert router.ran_dense == {(0, 9)}

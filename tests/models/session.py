@@ -1,4 +1,4 @@
-"""Converted test models, and a cache driven by hand: what the engine does, one explicit step at a time."""
+"""Converted test models, and a cache driven by hand: what the engine does, step by step."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def random_tokens(seed: int, *shape: int) -> Tensor:
     return torch.randint(3, 259, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def calibration(runtime: Runtime, budgets: Sequence[float] = (1.0, 0.75, 0.5, 0.25)) -> dict[str, Any]:
+def calibration(
+    runtime: Runtime, budgets: Sequence[float] = (1.0, 0.75, 0.5, 0.25)
+) -> dict[str, Any]:
     """A record whose thresholds are quantiles of the scores of a dense pass over random tokens."""
     seen: dict[tuple[int, int], Tensor] = {}
 
@@ -134,7 +136,8 @@ class Session:
             torch.tensor(slots, dtype=torch.int32),
             torch.repeat_interleave(torch.arange(len(new)), torch.tensor(lengths)).int(),
             torch.tensor(
-                [self.blocks[n] + [0] * (width - len(self.blocks[n])) for n in new], dtype=torch.int32
+                [self.blocks[n] + [0] * (width - len(self.blocks[n])) for n in new],
+                dtype=torch.int32,
             ),
             torch.arange(len(tokens)),
         )
@@ -156,8 +159,10 @@ class Session:
             kept.append(self.trace.kept)
         return torch.cat(logits), torch.cat(kept, -1)
 
-    def greedy(self, prompts: Mapping[str, Sequence[int]], count: int, policy: Policy = None) -> Any:
-        """`count` greedy tokens of every prompt, and the logits [count, V] they were chosen from."""
+    def greedy(
+        self, prompts: Mapping[str, Sequence[int]], count: int, policy: Policy = None
+    ) -> tuple[dict[str, list[int]], dict[str, Tensor]]:
+        """`count` greedy tokens of every prompt, and the logits [count, V] they come from."""
         tokens: dict[str, list[int]] = {name: [] for name in prompts}
         logits: dict[str, list[Tensor]] = {name: [] for name in prompts}
         new: Mapping[str, Sequence[int]] = prompts

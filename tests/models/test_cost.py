@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -15,14 +16,16 @@ from tests.models.session import gated, opened, random_tokens
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def decoder(hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, inner: int) -> DecoderSpec:
+def decoder(
+    hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, inner: int
+) -> DecoderSpec:
     return DecoderSpec(
         "llama", 128256, hidden, layers, heads, kv_heads, head_dim, inner, 131072, 1e-5, 5e5, None,
         True, False, False, False, False, 128000, (128001,), None, "bfloat16",
     )  # fmt: skip
 
 
-def gates(gate_type: str) -> GateSpec:
+def gates(gate_type: Literal["scalar", "vector", "mlp"]) -> GateSpec:
     return GateSpec(
         "gateskip", gate_type, False, False, "after_module", True, True, True, "calibrated", 0.0,
         "dense",
@@ -66,16 +69,14 @@ def test_g22_gate_cost(name: str, share: float) -> None:
 
 
 def test_g22_without_gate_cost() -> None:
-    low, high = (
-        [net_saved(spec, None, skip) for spec in LLAMA.values()] for skip in (0.15, 0.5)
-    )
+    low, high = ([net_saved(spec, None, skip) for spec in LLAMA.values()] for skip in (0.15, 0.5))
     assert all(14.1 <= round(value, 1) <= 14.5 for value in low)
     assert all(46.9 <= round(value, 1) <= 48.3 for value in high)
 
 
 @pytest.mark.parametrize("gate_type", ["vector", "scalar", "mlp"])
 def test_g22_a_trace_counts_what_ran(tmp_path: Path, gate_type: str) -> None:
-    """Every row by hand: gates and K/V always, the branches it ran, the context it saw, the head."""
+    """Every row by hand: gates and K/V always, then the branches it ran, and the head."""
     path, oracle = gated(tmp_path, gate_type=gate_type)
     runtime, tokens = opened(path), random_tokens(0, 2, 21)
     for skip in (0.0, 0.3, 1.0):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,7 +52,8 @@ LENGTHS = (40, 7, 83, 1, 32, 64, 19, 33)
 def test_g11_batch_mates_do_not_matter(runtime: Runtime) -> None:
     """Alone, among seven others with other budgets, decoding beside prefilling: the same bits."""
     each = prompts(*LENGTHS)
-    alone_tokens, alone_logits = {}, {}
+    alone_tokens: dict[str, list[int]] = {}
+    alone_logits: dict[str, Tensor] = {}
     for name, prompt in each.items():
         tokens, logits = Session(runtime).greedy({name: prompt}, 8, CALIBRATED)
         alone_tokens |= tokens
@@ -64,7 +64,10 @@ def test_g11_batch_mates_do_not_matter(runtime: Runtime) -> None:
         assert torch.equal(logits[name], alone_logits[name])
     # Mates of any budget, at any phase.
     mixed = Session(runtime)
-    budgets = {name: ComputePolicy(budget=b) for name, b in zip(each, (0.6, 1, 0.3, 0, 0.9, 0.6))}
+    budgets = {
+        name: ComputePolicy(budget=b)
+        for name, b in zip(each, (0.6, 1, 0.3, 0, 0.9, 0.6, 0.6, 1), strict=True)
+    }
     first = mixed.step({"0": each["0"], "1": each["1"]}, budgets)
     assert torch.equal(first["0"][-1], alone_logits["0"][0])
     for i in range(1, 8):
@@ -295,10 +298,10 @@ def test_g17_decode_with_recorded_decisions_is_one_forward_pass(runtime: Runtime
 
 
 class CountReads(TorchDispatchMode):
-    """Counts the calls that bring a tensor's value to Python: on a GPU each waits for the device."""
+    """Counts the calls that bring a tensor's value to Python: a GPU would wait at each."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -135,9 +135,9 @@ def test_g04_a_skipped_row_keeps_its_bits(
     step = Step(model.ops, batch, PagedKV(runtime.spec, blocks), router, cos_sin)
     h = model._lookup(batch.tokens).clone()
     for layer, pair in enumerate(model.layers):
-        for branch, run in enumerate(pair):
+        for branch in (0, 1):
             before = h.clone()
-            run(h, step)
+            pair[branch](h, step)
             kept = plans[layer, branch].inverse[:, 0] >= 0
             assert 0 < int(kept.sum()) < len(kept)
             assert torch.equal(h[~kept], before[~kept])
@@ -146,7 +146,7 @@ def test_g04_a_skipped_row_keeps_its_bits(
 
 @pytest.mark.parametrize("mode", ["batch_quantile", "seq_quantile", "exact_k"])
 def test_g09_padding_changes_no_decision(tmp_path: Path, mode: str) -> None:
-    path, oracle = gated(tmp_path, gate_type="scalar")
+    path, _ = gated(tmp_path, gate_type="scalar")
     runtime = opened(path)
     policy = ComputePolicy(budget=0.7, mode=mode)
     alone = runtime.forward(TOKENS[:1], policy).trace.kept
@@ -234,6 +234,7 @@ def test_g20_restricted_skipping(tmp_path: Path) -> None:
     write_calibration(path, calibration(opened(path)))
     runtime = opened(path)
     for mode in ("batch_quantile", "seq_quantile", "exact_k", "calibrated"):
+
         def kept(mode: str = mode, **options: Any) -> Tensor:
             policy = ComputePolicy(budget=0.5, mode=mode, **options)
             return runtime.forward(TOKENS, policy).trace.kept
@@ -248,7 +249,8 @@ def test_g20_restricted_skipping(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("branch", ["gate_attention", "gate_mlp"])
 def test_g20_a_branch_without_gates_always_runs(tmp_path: Path, branch: str) -> None:
-    path, _ = gated(tmp_path, **{branch: False})
+    gates: dict[str, Any] = {branch: False}
+    path, _ = gated(tmp_path, **gates)
     kept = opened(path).forward(TOKENS, skip(1.0)).trace.kept
     ungated, other = (0, 1) if branch == "gate_attention" else (1, 0)
     assert bool(kept[:, ungated].all()) and not bool(kept[:, other].any())
@@ -277,7 +279,7 @@ def test_g23_a_tied_head_may_be_stored_twice(tmp_path: Path) -> None:
         logits_of(opened(path).forward(TOKENS)), oracle.forward(TOKENS).logits, atol=2e-5, rtol=1e-4
     )
     other = {"lm_head.weight": torch.ones(300, 40)}
-    with pytest.raises(ConversionError, match="lm_head.weight"):
+    with pytest.raises(ConversionError, match=r"lm_head\.weight"):
         write_gateskip_pt(tmp_path / "other.pt", tmp_path / "hf", extra=other)
         convert(tmp_path / "other.pt", tmp_path / "other")
 
@@ -377,7 +379,7 @@ def test_r03_a_replay_of_the_wrong_shape_is_refused(tmp_path: Path) -> None:
 
 def test_models_without_gates_refuse_budgets(tmp_path: Path) -> None:
     runtime = opened(plain(tmp_path))
-    with pytest.raises(InvalidInput, match="budget 0.5 needs a model with gates"):
+    with pytest.raises(InvalidInput, match=r"budget 0\.5 needs a model with gates"):
         runtime.forward(TOKENS, ComputePolicy(budget=0.5))
 
 
@@ -413,9 +415,11 @@ def test_inputs_that_are_accepted(tmp_path: Path) -> None:
     assert torch.equal(ragged[0], expected[0]) and torch.equal(ragged[1], expected[1, :9])
 
 
-def test_the_default_rule_is_what_the_folder_stores(tmp_path: Path) -> None:
+def test_a_stored_quantile_rule_runs_only_when_it_is_named(tmp_path: Path) -> None:
     path, oracle = gated(tmp_path, sidecar={"rule": "batch_quantile", "skip_ratio": 0.25})
-    trace = opened(path).forward(TOKENS).trace
+    silent = opened(path).forward(TOKENS).trace
+    assert silent.mode == "calibrated" and bool(silent.kept.all())
+    trace = opened(path).forward(TOKENS, ComputePolicy(mode="batch_quantile")).trace
     assert trace.mode == "batch_quantile"
     assert torch.equal(trace.kept, oracle.forward(TOKENS, 0.25).kept.flatten(2))
     assert json.loads((path / "runtime.json").read_text())["gates"]["skip_ratio"] == 0.25

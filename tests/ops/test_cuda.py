@@ -96,8 +96,9 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 def test_plan_threshold(device: str, seed: int, count: int, each: bool) -> None:
     scores = scores_with_ties(seed, count)
     tau = scores_with_ties(seed + 1, count) if each else torch.tensor(0.0)
-    actual = cuda.plan_threshold(scores.to(device), tau.to(device))
-    same_plan(actual, reference.plan_threshold(scores, tau))
+    for weighted in (False, True):
+        actual = cuda.plan_threshold(scores.to(device), tau.to(device), weighted)
+        same_plan(actual, reference.plan_threshold(scores, tau, weighted))
 
 
 @few

@@ -95,7 +95,10 @@ def test_combine_one_choice(
     seed: int, count: int, width: int, keep: float, dtype: torch.dtype, weighted: bool, scaled: bool
 ) -> None:
     plan = some_plan(seed, count, keep, weighted)
-    packed, out = normal(seed, plan.kept, width, dtype=dtype), normal(seed, count, width, dtype=dtype)
+    packed, out = (
+        normal(seed, plan.kept, width, dtype=dtype),
+        normal(seed, count, width, dtype=dtype),
+    )
     channels = torch.rand(count, width, generator=generator(seed)) if scaled else None
     before = out.clone()
     expected = reference.combine(packed, plan, out.clone(), channels)
@@ -131,9 +134,10 @@ def test_combine_keeps_the_bits_of_strange_rows() -> None:
     out = torch.tensor([[torch.nan, torch.inf, -0.0, 1e-42]] * 2)
     plan = reference.plan_threshold(torch.tensor([0.0, 1.0]), torch.tensor(0.5))
     native.combine(torch.ones(1, 4), plan, out)
-    assert out[0].view(torch.int32).tolist() == torch.tensor(
-        [torch.nan, torch.inf, -0.0, 1e-42]
-    ).view(torch.int32).tolist()
+    assert (
+        out[0].view(torch.int32).tolist()
+        == torch.tensor([torch.nan, torch.inf, -0.0, 1e-42]).view(torch.int32).tolist()
+    )
 
 
 # ---- segment_matmul ----
@@ -152,7 +156,9 @@ def weight_of(
     return Weight.pack(dense)
 
 
-def magnitude(x: Tensor, weight: Weight, plan: Plan | None, bias: Tensor | None, epi: str) -> Tensor:
+def magnitude(
+    x: Tensor, weight: Weight, plan: Plan | None, bias: Tensor | None, epi: str
+) -> Tensor:
     positive = Weight(weight.dense().abs(), weight.out_features, weight.in_features, "dense")
     size = reference.segment_matmul(
         x.abs(), positive, plan, bias=None if bias is None else bias.abs(), out_dtype=F32
@@ -228,7 +234,7 @@ def test_rms_norm(seed: int, rows: int, width: int, dtype: torch.dtype, probed: 
     assert_close(out, expected, expected.double().abs())
     assert (logits is None) == (probe is None)
     if logits is not None and probe is not None:  # it reads the row as rounded
-        exact = out.double() @ probe.double() + 0.75
+        exact = (out.double() @ probe.double() + 0.75).sigmoid()
         assert_close(logits, exact.float(), (out.double().abs() @ probe.double().abs()))
 
 
@@ -468,7 +474,9 @@ def test_attention_rows_do_not_depend_on_their_batch(
         assert_same_bits(alone[0], together[i])
     for keep in (0.1, 0.5, 0.9):
         rows = (torch.rand(total, generator=generator(1)) < keep).nonzero()[:, 0].int()
-        assert_same_bits(attend(native, cache, lengths, q[rows.long()], rows), together[rows.long()])
+        assert_same_bits(
+            attend(native, cache, lengths, q[rows.long()], rows), together[rows.long()]
+        )
 
 
 @both_dtypes
@@ -584,20 +592,26 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: native.segment_matmul(X[:3], W, PLAN, gather=True), r"\[4, K\] to gather from, got"
     ),
     "matmul bias": (
-        lambda: native.segment_matmul(X, W, bias=torch.zeros(4)), r"bias must be \[1, 5\], got .*\[4\]"
+        lambda: native.segment_matmul(X, W, bias=torch.zeros(4)),
+        r"bias must be \[1, 5\], got .*\[4\]",
     ),
     "matmul out dtype": (
         lambda: native.segment_matmul(X, W, out_dtype=torch.float16),
         "segment_matmul: out_dtype must be .*got torch.float16",
     ),
     "norm weight": (
-        lambda: native.rms_norm(X, torch.ones(7), 0.0), r"rms_norm: weight must be \[8\], got .*\[7\]"
+        lambda: native.rms_norm(X, torch.ones(7), 0.0),
+        r"rms_norm: weight must be \[8\], got .*\[7\]",
     ),
     "norm probe": (
-        lambda: native.rms_norm(X, torch.ones(8), 0.0, torch.ones(9)), r"rms_norm: probe must be \[8\]"
+        lambda: native.rms_norm(X, torch.ones(8), 0.0, torch.ones(9)),
+        r"rms_norm: probe must be \[8\]",
     ),
     "gate dtype": (lambda: native.gate(X.bfloat16()), "gate: logits must be .*got .*bfloat16"),
-    "weight rank": (lambda: Weight.pack(torch.zeros(3)), r"Weight: expected .*got torch.float32 \[3\]"),
+    "weight rank": (
+        lambda: Weight.pack(torch.zeros(3)),
+        r"Weight: expected .*got torch.float32 \[3\]",
+    ),
     "weight dtype": (lambda: Weight.pack(torch.zeros(3, 3).half()), "Weight: expected .*float16"),
     "weight pair": (
         lambda: Weight.pack_gate_up(torch.zeros(3, 3), torch.zeros(3, 4)),
@@ -627,7 +641,9 @@ def cpu_flags() -> set[str]:
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return set()
-    return set(next((x for x in info.read_text().splitlines() if x.startswith("flags")), "").split())
+    return set(
+        next((x for x in info.read_text().splitlines() if x.startswith("flags")), "").split()
+    )
 
 
 def run_python(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:

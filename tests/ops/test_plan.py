@@ -220,6 +220,9 @@ def test_validate_sees_a_packed_row_that_is_reached_twice() -> None:
 
 
 def test_is_all_needs_one_segment_and_one_choice() -> None:
+    twice = Plan(int32(0, 0), int32(0, 2), None, int32(0, 1, -1, -1).view(2, 2), 2, 2)
+    twice.validate()
+    assert not twice.is_all  # as many packed rows as source rows, but not the same ones
     assert not native.plan_partition(int32(1, 0), 2).is_all
     assert not native.plan_topk(normal(0, 1, 2), 2).is_all
     assert not native.plan_threshold(normal(0, 4), torch.tensor(0.0)).is_all

@@ -1,7 +1,7 @@
 """GateSkip as its paper runs it: everything dense, skipped results multiplied by zero.
 
-Written from the specification alone, in plain float32 torch, over the original state dict; it shares
-no code with the runtime and is slow on purpose.
+Written from the specification alone, in plain float32 torch, over the original state dict. It
+shares no code with the runtime.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Result:
-    """Logits [B, T, V]; keep masks bool [L, 2, B, T]; importances [L, 2, B, T]; residuals [2L+1, B, T, d]."""
+    """Logits [B, T, V]; keep masks bool and importances, both [L, 2, B, T]."""
 
     logits: Tensor
     kept: Tensor
     scores: Tensor
-    residuals: Tensor
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Oracle:
     """A Llama decoder whose branches are wrapped in gates.
 
     Attributes:
-        state: GateSkip's names (`model.layers.0.self_attn.module.q_proj.weight`, `.gate.gate.weight`).
+        state: GateSkip's names, `model.layers.0.self_attn.module.q_proj.weight` and so on.
         config: config.json of the base.
         gating_mode, actually_gate: as in the sidecar, the rest is seen in the names.
     """
@@ -45,12 +44,14 @@ class Oracle:
     def forward(self, tokens: Tensor, skip: float = 0.0, forced: Tensor | None = None) -> Result:
         """tokens [B, T]; skip ratio q; or forced keep masks bool [L, 2, B, T]."""
         eos = self.config["eos_token_id"]
-        protected = {*(eos if isinstance(eos, list) else [eos]), self.config["pad_token_id"]} - {None}
+        protected = {*(eos if isinstance(eos, list) else [eos]), self.config["pad_token_id"]} - {
+            None
+        }
         valid = torch.ones_like(tokens, dtype=torch.bool)
         for token in protected:
             valid &= tokens != token
         h = self.state["model.embed_tokens.weight"][tokens].float()
-        kept, scores, residuals = [], [], [h]
+        kept, scores = [], []
         for layer in range(self.config["num_hidden_layers"]):
             for branch, name, norm in (
                 (0, "self_attn", "input_layernorm"),
@@ -73,7 +74,6 @@ class Oracle:
                 h = h + y * keep[..., None]
                 kept.append(keep)
                 scores.append(importance)
-                residuals.append(h)
         x = self.norm(h, "model.norm.weight")
         head = self.state.get("lm_head.weight", self.state["model.embed_tokens.weight"])
         shape = (-1, 2, *tokens.shape)
@@ -81,7 +81,6 @@ class Oracle:
             x @ head.float().T,
             torch.stack(kept).view(shape),
             torch.stack(scores).view(shape),
-            torch.stack(residuals),
         )
 
     @staticmethod
@@ -106,7 +105,9 @@ class Oracle:
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         bias = self.state.get(f"{name}.bias")
-        return F.linear(x, self.state[f"{name}.weight"].float(), None if bias is None else bias.float())
+        return F.linear(
+            x, self.state[f"{name}.weight"].float(), None if bias is None else bias.float()
+        )
 
     def mlp(self, x: Tensor, layer: int, wrapped: bool) -> Tensor:
         name = f"model.layers.{layer}.mlp" + (".module" if wrapped else "")
@@ -119,7 +120,9 @@ class Oracle:
         dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
         def heads(projection: str) -> Tensor:
-            return self.linear(x, f"{name}.{projection}").view(batch, length, -1, dim).transpose(1, 2)
+            return (
+                self.linear(x, f"{name}.{projection}").view(batch, length, -1, dim).transpose(1, 2)
+            )
 
         q, k, v = self.rotate(heads("q_proj")), self.rotate(heads("k_proj")), heads("v_proj")
         group = q.shape[1] // k.shape[1]

@@ -103,7 +103,11 @@ def test_the_oracle_can_disagree(tmp_path: Path) -> None:
     expected = oracle.forward(tokens, 0.3)
     actual = opened(path).forward(tokens, ComputePolicy(budget=0.7, mode="batch_quantile")).logits
     assert isinstance(actual, torch.Tensor)
-    for name in ("self_attn.gate.gate.bias", "mlp.gate.gate.weight", "self_attn.module.k_proj.weight"):
+    for name in (
+        "self_attn.gate.gate.bias",
+        "mlp.gate.gate.weight",
+        "self_attn.module.k_proj.weight",
+    ):
         key = f"model.layers.1.{name}"
         changed = Oracle(oracle.state | {key: oracle.state[key] * 1.01}, oracle.config)
         assert float((changed.forward(tokens, 0.3).logits - actual).abs().max()) > 1e-3

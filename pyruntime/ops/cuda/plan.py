@@ -16,14 +16,14 @@ TILE_WARPS = 8  # of a block of the three-launch form
 FUSED_SCORES = 16_384  # scores one block chooses from in one launch; above, choosing has its own
 
 
-def plan_threshold(scores: Tensor, tau: Tensor) -> Plan:
+def plan_threshold(scores: Tensor, tau: Tensor, weighted: bool = False) -> Plan:
     """Keep row n unless ``scores[n] <= tau``; see `pyruntime.ops.reference.plan_threshold`."""
     check("plan_threshold", "scores", scores, (torch.float32,), (-1,))
     count, single = scores.shape[0], tau.dim() == 0
     check("plan_threshold", "tau", tau, (torch.float32,), () if single else (count,))
     check_device("plan_threshold", scores, tau=tau)
     source = (scores.data_ptr(), tau.data_ptr(), 0 if single else 1)
-    return _sort("threshold", source, _Target(scores, count, 1, 1))
+    return _sort("threshold", source, _Target(scores, count, 1, 1, scores if weighted else None))
 
 
 def plan_partition(labels: Tensor, segments: int) -> Plan:
