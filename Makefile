@@ -22,7 +22,7 @@ lint: $(VENV)/lint
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cc' '*.h' '*.cu' '*.cuh')
 
 bench: $(VENV)/serve
-	@for script in bench/bench_*.py; do echo "$$ $(BIN)/python $$script"; $(BIN)/python $$script || exit 1; done
+	PYTHON=$(BIN)/python sh bench/run.sh
 
 # Compiles the native ops again after a change in csrc/.
 build: $(VENV)/torch

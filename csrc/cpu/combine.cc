@@ -8,13 +8,17 @@
 namespace pyrt::PYRT_ISA {
 namespace {
 
+// `next` is the row of out that follows n: scattered rows defeat the hardware prefetcher.
 template <class T>
-void add_choices(const CombineArgs& args, int64_t n, const int32_t* positions, int64_t choices) {
+void add_choices(const CombineArgs& args, int64_t n, int64_t next, const int32_t* positions,
+                 int64_t choices) {
   const T* packed = static_cast<const T*>(args.packed);
   T* out = static_cast<T*>(args.out) + n * args.width;
   const float* channel = args.channel_weights ? args.channel_weights + n * args.width : nullptr;
+  const T* ahead = static_cast<const T*>(args.out) + next * args.width;
   int64_t h = 0;
   for (; h + 16 <= args.width; h += 16) {
+    __builtin_prefetch(ahead + h, 1);
     f32x16 total = load(out + h);
     for (int64_t k = 0; k < choices; ++k) {
       if (positions[k] < 0) continue;
@@ -47,13 +51,15 @@ void run(const CombineArgs& args) {
 #pragma omp parallel for schedule(static) if (parallel)
     for (int64_t r = 0; r < plan.kept; ++r) {
       const int32_t position = int32_t(r);
-      add_choices<T>(args, plan.rows ? plan.rows[r] : r, &position, 1);
+      const int64_t after = r + 1 < plan.kept ? r + 1 : r;
+      add_choices<T>(args, plan.rows ? plan.rows[r] : r, plan.rows ? plan.rows[after] : after,
+                     &position, 1);
     }
     return;
   }
 #pragma omp parallel for schedule(static) if (parallel)
   for (int64_t n = 0; n < plan.num_rows; ++n)
-    add_choices<T>(args, n, plan.inverse + n * plan.choices, plan.choices);
+    add_choices<T>(args, n, n, plan.inverse + n * plan.choices, plan.choices);
 }
 
 }  // namespace

@@ -15,11 +15,14 @@ namespace {
 constexpr int64_t kParallelBytes = 256 << 10;  // below, a second thread costs more than it copies
 constexpr int64_t kStreamBytes = 16 << 20;  // beyond the cache: do not read lines only to overwrite
 
-void copy_row(char* to, const char* from, int64_t bytes, bool stream) {
+// `next` is the row to copy after this one: scattered rows defeat the hardware prefetcher, which
+// stops at the end of each and starts late in the following one.
+void copy_row(char* to, const char* from, const char* next, int64_t bytes, bool stream) {
 #if defined(__SSE2__)
   if (stream && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
     int64_t i = 0;
     for (; i + 64 <= bytes; i += 64) {
+      _mm_prefetch(next + i, _MM_HINT_NTA);
       const __m128i* src = reinterpret_cast<const __m128i*>(from + i);
       __m128i* dst = reinterpret_cast<__m128i*>(to + i);
       const __m128i a = _mm_loadu_si128(src), b = _mm_loadu_si128(src + 1);
@@ -42,7 +45,8 @@ void gather(const void* x, const int32_t* rows, int64_t kept, int64_t row_bytes,
   const bool stream = kept * row_bytes >= kStreamBytes;
 #pragma omp parallel for schedule(static) if (kept * row_bytes >= kParallelBytes)
   for (int64_t r = 0; r < kept; ++r)
-    copy_row(to + r * row_bytes, from + rows[r] * row_bytes, row_bytes, stream);
+    copy_row(to + r * row_bytes, from + rows[r] * row_bytes,
+             from + rows[r + 1 < kept ? r + 1 : r] * row_bytes, row_bytes, stream);
 #if defined(__SSE2__)
   if (stream) _mm_sfence();
 #endif

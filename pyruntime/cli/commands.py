@@ -128,7 +128,7 @@ def serve(args: argparse.Namespace) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     folder = Path(__file__).resolve().parents[2] / "bench"
-    scripts = {path.stem: path for path in sorted(folder.glob("*.py"))}
+    scripts = sorted(path.stem for path in folder.glob("bench_*.py"))
     if not scripts:
         raise Unavailable("benchmarks come with the source: run this in a checkout")
     if args.name is None:
@@ -136,7 +136,7 @@ def bench(args: argparse.Namespace) -> int:
         return 0
     if args.name not in scripts:
         raise InvalidInput(f"no benchmark {args.name!r}; there are {', '.join(scripts)}")
-    command = [sys.executable, str(scripts[args.name]), *args.arguments]
+    command = [sys.executable, "-m", f"bench.{args.name}", *args.arguments]
     return subprocess.run(command, cwd=folder.parent, check=False).returncode
 
 

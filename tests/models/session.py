@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from pyruntime.engine.runtime import Runtime, load
+from pyruntime.engine.runtime import Output, Runtime, load
 from pyruntime.format.convert import convert
 from pyruntime.gates.policy import ComputePolicy
 from pyruntime.gates.routing import Router
@@ -21,6 +22,14 @@ from tests.checkpoints import write_gateskip_pt, write_hf_folder
 from tests.oracle.gateskip import Oracle
 
 Policy = ComputePolicy | None
+GATE_TYPES: dict[str, dict[str, Any]] = {
+    "vector": {},
+    "scalar": {"gate_type": "scalar"},
+    "mlp": {"gate_type": "mlp"},
+    "mlp scalar": {"gate_type": "mlp", "mlp_scalar": True},
+    "shared": {"shared": True},
+}
+every_gate = pytest.mark.parametrize("gates", GATE_TYPES.values(), ids=list(GATE_TYPES))
 
 
 def gated(folder: Path, base: Mapping[str, Any] | None = None, **gates: Any) -> tuple[Path, Oracle]:
@@ -55,6 +64,18 @@ def opened(path: Path, backend_name: str | None = None) -> Runtime:
 def random_tokens(seed: int, *shape: int) -> Tensor:
     """Ids of bytes: neither padding nor end of sequence."""
     return torch.randint(3, 259, shape, generator=torch.Generator().manual_seed(seed))
+
+
+TOKENS = random_tokens(5, 2, 37)
+
+
+def logits_of(output: Output) -> Tensor:
+    assert isinstance(output.logits, Tensor)
+    return output.logits
+
+
+def skip(ratio: float, **options: Any) -> ComputePolicy:
+    return ComputePolicy(budget=1 - ratio, mode="batch_quantile", **options)
 
 
 def calibration(

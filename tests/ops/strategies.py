@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pyruntime.ops import Weight, reference
 from pyruntime.plan import Plan
+
+F32, BF16 = torch.float32, torch.bfloat16
 
 seeds = st.integers(0, 2**31 - 1)
 # Few values, so that ties are common, and every value that breaks a comparison.
@@ -94,6 +99,15 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor
 
 # ---- compute ----
 
+dtypes = st.sampled_from([F32, BF16])
+widths = st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 65, 100, 257])
+both_dtypes = pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+few = settings(max_examples=30)
+keeps = st.sampled_from([-1.0, 0.1, 0.5, 0.9, 2.0])  # none, few, half, most, all
+# The fixture `threads` is in conftest.py.
+several_threads = pytest.mark.parametrize("threads", [1, 3], indirect=True, ids=["1t", "3t"])
+EPILOGUES = ["none", "gelu", "silu", "silu_mul"]
+
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-7}  # one step of the result's own format
 SUM = 2e-6  # of the sum of magnitudes: float32 additions in another order
 
@@ -109,9 +123,21 @@ def assert_close(actual: Tensor, expected: Tensor, magnitude: Tensor | float) ->
 
 def segments_plan(sizes: list[int], seed: int, dropped: int = 0) -> Plan:
     """A plan whose segments have these sizes, over shuffled source rows."""
-    from pyruntime.ops import reference
-
     labels = torch.cat([torch.full((size,), s) for s, size in enumerate(sizes)])
     labels = torch.cat([labels, torch.full((dropped,), -1)])
     order = torch.randperm(labels.numel(), generator=generator(seed))
     return reference.plan_partition(labels[order].int(), len(sizes))
+
+
+def some_plan(seed: int, count: int, keep: float, weighted: bool = False) -> Plan:
+    scores = torch.rand(count, generator=generator(seed))
+    return reference.plan_threshold(scores, torch.tensor(1.0 - keep), weighted)
+
+
+def weight_of(
+    seed: int, segments: int, n: int, k: int, dtype: torch.dtype, epilogue: str
+) -> Weight:
+    dense = normal(seed, segments, n, k, dtype=dtype)
+    if epilogue == "silu_mul":
+        return Weight.pack_gate_up(dense, normal(seed + 1, segments, n, k, dtype=dtype))
+    return Weight.pack(dense)

@@ -1,0 +1,83 @@
+"""rotate, append and attention: native against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pyruntime.layers.kv import PagedKV
+from pyruntime.ops import native, reference
+from tests.ops.paged import HEADS, Spec, attend, filled, rows_of, table
+from tests.ops.strategies import (
+    F32,
+    assert_close,
+    assert_same_bits,
+    both_dtypes,
+    generator,
+    normal,
+)
+
+pytestmark = pytest.mark.usefixtures("threads")
+HEAD_DIMS = [2, 8, 10, 32, 34, 64, 80]
+LENGTHS = [[1], [33], [5, 1, 64], [100, 31, 32, 200]]
+
+
+@both_dtypes
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("normed", [False, True])
+def test_rotate(head_dim: int, normed: bool, dtype: torch.dtype) -> None:
+    positions = torch.tensor([0, 7, 3, 399], dtype=torch.int32)
+    norm = normal(1, head_dim) if normed else None
+    for rows in (None, torch.tensor([1, 3], dtype=torch.int32), torch.empty(0, dtype=torch.int32)):
+        q = normal(0, 4 if rows is None else len(rows), 3 * head_dim, dtype=dtype)
+        expected = reference.rotate(
+            q.clone(), table(head_dim), positions, rows, head_dim, norm, 1e-5
+        )
+        actual = native.rotate(q.clone(), table(head_dim), positions, rows, head_dim, norm, 1e-5)
+        assert_close(actual, expected, 20.0)
+
+
+@both_dtypes
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_append(head_dim: int, dtype: torch.dtype) -> None:
+    lengths = [1, 70, 32, 5]
+    expected, actual = (filled(lengths, 2, head_dim, dtype, ops) for ops in (reference, native))
+    assert_same_bits(actual.values, expected.values)
+    assert_close(actual.keys, expected.keys, 20.0)
+    # And read back in order of the tokens, the values are what was put in.
+    positions, _ = rows_of(lengths)
+    new = normal(4, len(positions), 2, 2, head_dim, dtype=dtype)[1:71, 1]
+    blocks = actual.tables[1, :3].long()
+    _, values = reference.read_cache(actual.keys, actual.values, blocks, head_dim)
+    assert_same_bits(values[:70], new)
+
+
+def test_append_with_a_key_norm() -> None:
+    new, norm = normal(0, 5, 2 * 2 * 10), normal(1, 10)
+    positions, slots = torch.arange(5).int(), torch.tensor([3, 4, 40, 41, 42]).int()
+    found = []
+    for ops in (reference, native):
+        kv = PagedKV(Spec(2, 10, F32), 2)  # type: ignore[arg-type]
+        ops.append(new, table(10), positions, slots, kv.keys[0], kv.values[0], 10, norm, 1e-5)
+        found.append(kv)
+    assert_close(found[1].keys[0], found[0].keys[0], 20.0)
+    assert int((found[1].keys[0] != 0).sum()) == 5 * 2 * 10
+
+
+@both_dtypes
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize("head_dim", [8, 10, 34, 80])
+def test_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    for i, lengths in enumerate(LENGTHS):
+        cache = filled(lengths, kv_heads, head_dim, dtype)
+        total = sum(lengths)
+        kept = torch.rand(total, generator=generator(i)) < 0.5
+        kept[-1] = True
+        for rows in (None, kept.nonzero()[:, 0].int(), torch.empty(0, dtype=torch.int32)):
+            count = total if rows is None else len(rows)
+            q = normal(i, count, heads * head_dim, dtype=dtype)
+            expected = attend(reference, cache, lengths, q, rows)
+            actual = attend(native, cache, lengths, q, rows)
+            # bfloat16 weights of the values are rounded once more than the reference's.
+            slack = 20.0 if dtype == F32 else 2.0**-8 / 2e-6 * 4
+            assert_close(actual, expected, slack)
