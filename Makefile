@@ -1,6 +1,6 @@
 # `make demo` and `make test` need python 3.11 or newer and a C++20 compiler; the rest is fetched.
 #   PYTHON=python3.12        the interpreter .venv is made with
-#   TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"   a build without CUDA
+#   TORCH=...                which torch is installed when the environment has none
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -37,7 +37,7 @@ ALLOWED = {
     "cli": BASE | {"gates", "layers", "format", "format.spec", "engine", "profile", "serve"},
 }
 # Modules that may be named by one module only: what they offer is unchecked addresses.
-BINDINGS = {"_cpu": "ops/native.py", "_cuda": "ops/cuda/kernels.py"}
+BINDINGS = {"_cpu": "ops/native/binding.py", "_cuda": "ops/cuda/kernels.py"}
 # What every module may import; any other package belongs to one module, and to the metadata.
 COMMON = {"torch", "safetensors", "pyruntime"}
 DISTRIBUTION = {"cupy": "cupy-cuda13x"}  # where it is not the name that is imported

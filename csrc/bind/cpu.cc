@@ -1,4 +1,4 @@
-// Python to C++: addresses and integers in, views out. pyruntime/ops/native.py is the only caller
+// Python to C++: addresses and integers in, views out. pyruntime/ops/native is the only caller
 // and has checked dtype, device, contiguity and shape; the GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 

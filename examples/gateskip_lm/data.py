@@ -22,15 +22,38 @@ VOCAB_SIZE = 2048
 # Paths relative to the standard library. Diverse on purpose: algorithms, parsing, text, numbers,
 # networking, persistence.
 HELD_OUT = (
-    "bisect.py", "colorsys.py", "configparser.py", "contextlib.py", "csv.py", "fnmatch.py",
-    "fractions.py", "graphlib.py", "heapq.py", "html/parser.py", "json/decoder.py",
-    "netrc.py", "queue.py", "sched.py", "shelve.py", "shlex.py", "statistics.py", "textwrap.py",
+    "bisect.py",
+    "colorsys.py",
+    "configparser.py",
+    "contextlib.py",
+    "csv.py",
+    "fnmatch.py",
+    "fractions.py",
+    "graphlib.py",
+    "heapq.py",
+    "html/parser.py",
+    "json/decoder.py",
+    "netrc.py",
+    "queue.py",
+    "sched.py",
+    "shelve.py",
+    "shlex.py",
+    "statistics.py",
+    "textwrap.py",
     "wave.py",
 )
 # Tests, tables and generated text teach a small model nothing but their own numbers. `_pydecimal`
 # and the sysconfig dump are huge; `pydoc_data` is generated documentation.
-SKIP_DIRS = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data",
-             "__pycache__", "ensurepip"}
+SKIP_DIRS = {
+    "site-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "pydoc_data",
+    "__pycache__",
+    "ensurepip",
+}
 SKIP_PREFIXES = ("_sysconfigdata",)
 MAX_FILE_BYTES = 200_000
 
@@ -73,7 +96,8 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B",
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A {BOS} $B",
         special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
     )
     return tokenizer
@@ -90,8 +114,10 @@ def load_corpus(base_dir: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]
     """(training documents, held-out documents), encoded with the tokenizer in `base_dir`."""
     tokenizer = Tokenizer.from_file(str(base_dir / "tokenizer.json"))
     train, held_out = corpus_files()
-    return (encode_documents(tokenizer, read_texts(train)),
-            encode_documents(tokenizer, read_texts(held_out)))
+    return (
+        encode_documents(tokenizer, read_texts(train)),
+        encode_documents(tokenizer, read_texts(held_out)),
+    )
 
 
 def sample_batch(
@@ -114,19 +140,25 @@ def main() -> None:
     tokenizer.save(str(args.base / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS, "eos_token": EOS, "pad_token": PAD,
-        "add_bos_token": True, "add_eos_token": False,
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "add_bos_token": True,
+        "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1024,
         # The model has never seen a dialogue: the template only strings the messages together.
-        "chat_template": "{{ bos_token }}{% for message in messages %}"
-                         "{{ message['content'] }}\n{% endfor %}",
+        "chat_template": (
+            "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+        ),
     }
     (args.base / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     train, held_out = load_corpus(args.base)
-    print(f"training {len(train)} files, {sum(map(len, texts)) / 1e6:.2f} M characters, "
-          f"{sum(map(len, train)) / 1e6:.2f} M tokens; "
-          f"held out {len(held_out)} files, {sum(map(len, held_out)) / 1e3:.1f} k tokens")
+    print(
+        f"training {len(train)} files, {sum(map(len, texts)) / 1e6:.2f} M characters, "
+        f"{sum(map(len, train)) / 1e6:.2f} M tokens; "
+        f"held out {len(held_out)} files, {sum(map(len, held_out)) / 1e3:.1f} k tokens"
+    )
 
 
 if __name__ == "__main__":

@@ -108,8 +108,10 @@ def print_gates(model: Llama, windows: Tensor) -> None:
     score(model, windows[: 2 * BATCH], recorder)
     per_token = torch.stack([torch.cat(p) for _, p in sorted(recorder.skips.items())]).sum(0)
     counts = torch.bincount(per_token, minlength=17).float() / len(per_token)
-    print("tokens by number of skipped branches at q = .25: "
-          + " ".join(f"{i}:{c:.3f}" for i, c in enumerate(counts.tolist())))
+    print(
+        "tokens by number of skipped branches at q = .25: "
+        + " ".join(f"{i}:{c:.3f}" for i, c in enumerate(counts.tolist()))
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -121,12 +123,17 @@ def run(args: argparse.Namespace) -> None:
         model = Llama(config)
         model.load_state_dict(load_file(str(weights)))
         base = score(model.eval(), windows, None)
-        print(f"base: perplexity {base.perplexity:.2f} accuracy {base.accuracy:.2%} "
-              f"({windows.shape[0] * LENGTH} held-out tokens)", flush=True)
+        print(
+            f"base: perplexity {base.perplexity:.2f} accuracy {base.accuracy:.2%} "
+            f"({windows.shape[0] * LENGTH} held-out tokens)",
+            flush=True,
+        )
     for kind in args.kinds:
         model = load_gated(args.gated / f"gateskip_{kind}.pt", kind, config)
-        print(f"\n{kind} gates: perplexity / accuracy (skipped share)\n\n"
-              "| q | batch_quantile | calibrated | random |\n|---|---|---|---|")
+        print(
+            f"\n{kind} gates: perplexity / accuracy (skipped share)\n\n"
+            "| q | batch_quantile | calibrated | random |\n|---|---|---|---|"
+        )
         for q in args.ratios:
             rules = [batch_quantile(q)]
             if q > 0:

@@ -33,8 +33,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     """Weight decay on matrices only; norm weights stay free."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    return [{"params": matrices, "weight_decay": weight_decay},
-            {"params": vectors, "weight_decay": 0.0}]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
 
 
 def save(model: nn.Module, folder: Path) -> None:
@@ -81,8 +83,10 @@ def main() -> None:
         running = loss.item() if step == 0 else 0.95 * running + 0.05 * loss.item()
         if step % 25 == 0 or step == args.steps - 1:
             rate = (step + 1) * args.tokens / (time.time() - start)
-            print(f"step {step} loss {running:.3f} {rate:.0f} tok/s "
-                  f"{time.time() - start:.0f} s", flush=True)
+            print(
+                f"step {step} loss {running:.3f} {rate:.0f} tok/s {time.time() - start:.0f} s",
+                flush=True,
+            )
         if step % 200 == 199 or step == args.steps - 1:
             save(model, args.out)
 

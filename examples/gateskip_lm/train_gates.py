@@ -40,9 +40,11 @@ class TrainingRule:
 
     def summary(self) -> str:
         count = max(1, len(self.means))
-        return (f"gate {sum(self.means) / count:.3f} (branches {min(self.means):.2f}"
-                f"..{max(self.means):.2f}) spread {sum(self.spreads) / count:.3f} "
-                f"(least {min(self.spreads):.4f})")
+        return (
+            f"gate {sum(self.means) / count:.3f} (branches {min(self.means):.2f}"
+            f"..{max(self.means):.2f}) spread {sum(self.spreads) / count:.3f} "
+            f"(least {min(self.spreads):.4f})"
+        )
 
 
 def save(model: nn.Module, kind: str, path: Path) -> None:
@@ -57,9 +59,16 @@ def save(model: nn.Module, kind: str, path: Path) -> None:
     torch.save(state, path)
     # The checkpoint alone does not say which variant it holds; this file does.
     sidecar = {
-        "base_model": "base", "gate_type": kind, "shared": False, "gating_mode": "after_module",
-        "actually_gate": True, "gate_attention": True, "gate_mlp": True,
-        "rule": "batch_quantile", "skip_ratio": 0.25, "kv_mode": "dense",
+        "base_model": "base",
+        "gate_type": kind,
+        "shared": False,
+        "gating_mode": "after_module",
+        "actually_gate": True,
+        "gate_attention": True,
+        "gate_mlp": True,
+        "rule": "batch_quantile",
+        "skip_ratio": 0.25,
+        "kv_mode": "dense",
     }
     path.with_suffix(".json").write_text(json.dumps(sidecar, indent=2) + "\n")
 
@@ -74,9 +83,17 @@ def optimizer_for(model: nn.Module, lr: float, gate_lr: float, bias_lr: float) -
             groups["matrix" if parameter.dim() == 2 else "norm"].append(parameter)
     rates = {"matrix": lr, "norm": lr, "gate": gate_lr, "bias": bias_lr}
     return torch.optim.AdamW(
-        [{"params": parameters, "lr": rates[key], "peak": rates[key],
-          "weight_decay": 0.1 if key == "matrix" else 0.0} for key, parameters in groups.items()],
-        betas=(0.9, 0.95), fused=True,
+        [
+            {
+                "params": parameters,
+                "lr": rates[key],
+                "peak": rates[key],
+                "weight_decay": 0.1 if key == "matrix" else 0.0,
+            }
+            for key, parameters in groups.items()
+        ],
+        betas=(0.9, 0.95),
+        fused=True,
     )
 
 
@@ -126,8 +143,11 @@ def main() -> None:
         if q < 0.1:
             dense = loss.item() if dense == 0.0 else 0.8 * dense + 0.2 * loss.item()
         if step % 25 == 0 or step == args.steps - 1:
-            print(f"step {step} q {q:.2f} loss {running:.3f} (q<.1: {dense:.3f}) "
-                  f"{rule.summary()} {time.time() - start:.0f} s", flush=True)
+            print(
+                f"step {step} q {q:.2f} loss {running:.3f} (q<.1: {dense:.3f}) "
+                f"{rule.summary()} {time.time() - start:.0f} s",
+                flush=True,
+            )
         if step % 100 == 99 or step == args.steps - 1:
             save(model, args.gates, path)
 

@@ -56,9 +56,7 @@ def read(path: str | os.PathLike[str], verify: bool = True) -> Container:
     if problems:
         raise FormatError("\n".join(problems))
     tensors = _map_tensors(folder, manifest)
-    return Container(
-        folder, manifest.spec, manifest.gates, manifest.calibration, tensors, manifest
-    )
+    return Container(folder, manifest.spec, manifest.gates, manifest.calibration, tensors, manifest)
 
 
 def write_calibration(path: str | os.PathLike[str], calibration: dict[str, Any] | None) -> None:

@@ -109,9 +109,7 @@ def test_damaged_shards_are_made_again(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("progress", ["{", "[]", '{"weights-00001.safetensors": {}}'])
-def test_damaged_progress(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progress: str
-) -> None:
+def test_damaged_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progress: str) -> None:
     write_hf_folder(tmp_path / "src")
     (interrupted(tmp_path, monkeypatch, 3) / "progress.json").write_text(progress)
     assert convert(tmp_path / "src", tmp_path / "dst", shard_bytes=SHARD_BYTES).resumed == 0

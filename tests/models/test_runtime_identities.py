@@ -1,4 +1,4 @@
-"""What holds for every model: specification R1 to R3, and what a runtime accepts and refuses."""
+"""Runtime-wide: specification R1 to R3, and what a runtime accepts and refuses."""
 
 from __future__ import annotations
 

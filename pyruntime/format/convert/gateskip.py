@@ -95,9 +95,7 @@ def _read_sidecar(path: Path) -> dict[str, Any]:
     return data
 
 
-def _base_folder(
-    path: Path, base: Path | None, notes: Mapping[str, Any], notes_path: Path
-) -> Path:
+def _base_folder(path: Path, base: Path | None, notes: Mapping[str, Any], notes_path: Path) -> Path:
     named = notes.get("base_model")
     if base is None and named is None:
         raise ConversionError(

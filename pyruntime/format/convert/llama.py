@@ -31,6 +31,4 @@ MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType({
 def read(config: Config) -> DecoderSpec:
     """config.json -> DecoderSpec."""
     bias = config.flag("attention_bias")
-    return config.decoder(
-        "llama", qkv_bias=bias, o_bias=bias, mlp_bias=config.flag("mlp_bias")
-    )
+    return config.decoder("llama", qkv_bias=bias, o_bias=bias, mlp_bias=config.flag("mlp_bias"))

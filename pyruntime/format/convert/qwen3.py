@@ -10,11 +10,13 @@ from pyruntime.format.convert.config import Config
 from pyruntime.format.spec import DecoderSpec
 
 ARCHITECTURE = "Qwen3ForCausalLM"
-MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType({
-    **llama.MODULES,
-    "layers.{i}.attn.q_norm": ("model.layers.{i}.self_attn.q_norm",),
-    "layers.{i}.attn.k_norm": ("model.layers.{i}.self_attn.k_norm",),
-})
+MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        **llama.MODULES,
+        "layers.{i}.attn.q_norm": ("model.layers.{i}.self_attn.q_norm",),
+        "layers.{i}.attn.k_norm": ("model.layers.{i}.self_attn.k_norm",),
+    }
+)
 
 
 def read(config: Config) -> DecoderSpec:

@@ -61,9 +61,7 @@ class Source:
             for target in decoder_tensors(self.spec, self.gates)
         ]
 
-    def with_dtype(
-        self, dtype: Literal["auto", "bfloat16", "float32"]
-    ) -> tuple[Source, list[str]]:
+    def with_dtype(self, dtype: Literal["auto", "bfloat16", "float32"]) -> tuple[Source, list[str]]:
         """This source with the model dtype decided ("auto", "bfloat16" or "float32"), and notes."""
         backbone, everything = self._matrix_dtypes(None), self._matrix_dtypes(self.gates)
         if dtype == "auto":
@@ -132,9 +130,7 @@ class Source:
         layer = _LAYER.match(target)
         number = layer.group(1) if layer else ""
         module, suffix = _LAYER.sub("layers.{i}.", target).rsplit(".", 1)
-        return tuple(
-            f"{theirs.replace('{i}', number)}.{suffix}" for theirs in self.modules[module]
-        )
+        return tuple(f"{theirs.replace('{i}', number)}.{suffix}" for theirs in self.modules[module])
 
 
 def open_model(folder: Path) -> tuple[DecoderSpec, Mapping[str, tuple[str, ...]]]:

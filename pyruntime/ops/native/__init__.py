@@ -1,0 +1,29 @@
+"""The native CPU ops: check, allocate, and hand addresses to ``pyruntime._cpu``.
+
+Same names, signatures and meaning as `pyruntime.ops.reference`.
+"""
+
+from __future__ import annotations
+
+from pyruntime.ops.native.attention import append, attention, rotate
+from pyruntime.ops.native.binding import isa
+from pyruntime.ops.native.compute import gate, rms_norm, segment_matmul
+from pyruntime.ops.native.move import combine, compact, gather
+from pyruntime.ops.native.plan import plan_partition, plan_threshold, plan_topk, quantile
+
+__all__ = [
+    "append",
+    "attention",
+    "combine",
+    "compact",
+    "gate",
+    "gather",
+    "isa",
+    "plan_partition",
+    "plan_threshold",
+    "plan_topk",
+    "quantile",
+    "rms_norm",
+    "rotate",
+    "segment_matmul",
+]

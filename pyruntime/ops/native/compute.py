@@ -1,0 +1,131 @@
+"""Matmul, norm and gate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyruntime.errors import InvalidInput
+from pyruntime.ops.native.binding import CODES, F32, check, check_float, cpu, refuse
+from pyruntime.ops.weight import Weight
+from pyruntime.plan import Plan
+
+_EPILOGUES = {"none": 0, "gelu": 1, "silu": 2, "silu_mul": 3}  # Epilogue of csrc/ops.h
+
+
+def segment_matmul(
+    x: Tensor,
+    weight: Weight,
+    plan: Plan | None = None,
+    *,
+    gather: bool = False,
+    epilogue: str = "none",
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Grouped matmul; see `pyruntime.ops.reference.segment_matmul`."""
+    code = check_float("segment_matmul", "x", x, 2)
+    data = weight.data
+    if (
+        data.dtype is not x.dtype
+        or x.shape[1] != weight.in_features
+        or weight.layout != "panel"
+        or not data.is_contiguous()
+    ):
+        raise InvalidInput(
+            f"segment_matmul: x {x.dtype} {list(x.shape)} needs contiguous panels of that dtype "
+            f"with K={x.shape[1]}, got {weight.layout} {data.dtype} K={weight.in_features}"
+        )
+    mode = _EPILOGUES.get(epilogue)
+    if mode is None or (mode == 3) != weight.interleaved:
+        raise InvalidInput(
+            f"segment_matmul: epilogue must be one of {sorted(_EPILOGUES)}, silu_mul exactly for "
+            f"interleaved weights, got {epilogue!r} with interleaved={weight.interleaved}"
+        )
+    rows = offsets = 0
+    kept = x.shape[0]
+    if plan is not None:
+        if gather and kept != plan.num_rows:
+            raise refuse("segment_matmul", "x", f"[{plan.num_rows}, K] to gather from", x)
+        if not gather and kept != plan.rows.shape[0]:
+            raise refuse("segment_matmul", "x", f"[{plan.rows.shape[0]}, K] packed rows", x)
+        if plan.num_segments != weight.segments:
+            raise InvalidInput(
+                f"segment_matmul: the plan has {plan.num_segments} segments, the weight "
+                f"{weight.segments}"
+            )
+        offsets = plan.offsets.data_ptr()
+        if gather:
+            kept = plan.rows.shape[0]
+            rows = plan.rows.data_ptr()
+    elif weight.segments != 1:
+        raise InvalidInput(f"segment_matmul: {weight.segments} matrices need a plan")
+    width = weight.out_features // 2 if mode == 3 else weight.out_features
+    to = x.dtype if out_dtype is None else out_dtype
+    if to not in CODES:
+        raise InvalidInput(f"segment_matmul: out_dtype must be float32 or bfloat16, got {to}")
+    out = torch.empty(kept, width, dtype=to)
+    bias_address = 0
+    if bias is not None:
+        check("segment_matmul", "bias", bias, F32, bias.dim())
+        if bias.numel() != weight.segments * weight.out_features:
+            raise refuse(
+                "segment_matmul", "bias", f"[{weight.segments}, {weight.out_features}]", bias
+            )
+        bias_address = bias.data_ptr()
+    if kept:
+        cpu.segment_matmul(
+            x.data_ptr(),
+            data.data_ptr(),
+            bias_address,
+            out.data_ptr(),
+            rows,
+            offsets,
+            weight.segments,
+            kept,
+            weight.in_features,
+            weight.out_features,
+            code,
+            CODES[to],
+            mode,
+        )
+    return out
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, probe: Tensor | None = None, probe_bias: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
+    """RMS norm and a scalar gate on it; see `pyruntime.ops.reference.rms_norm`."""
+    code = check_float("rms_norm", "x", x, 2)
+    rows, width = x.shape
+    check("rms_norm", "weight", weight, F32, 1)
+    if weight.shape[0] != width:
+        raise refuse("rms_norm", "weight", f"[{width}]", weight)
+    out = torch.empty_like(x)
+    scores = None
+    if probe is not None:
+        check("rms_norm", "probe", probe, F32, 1)
+        if probe.shape[0] != width:
+            raise refuse("rms_norm", "probe", f"[{width}]", probe)
+        scores = torch.empty(rows, dtype=F32)
+    cpu.rms_norm(
+        x.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        0 if probe is None else probe.data_ptr(),
+        probe_bias,
+        0 if scores is None else scores.data_ptr(),
+        rows,
+        width,
+        eps,
+        code,
+    )
+    return out, scores
+
+
+def gate(logits: Tensor) -> Tensor:
+    """Sigmoid in place and row means; see `pyruntime.ops.reference.gate`."""
+    check("gate", "logits", logits, F32, 2)
+    means = torch.empty(logits.shape[0], dtype=F32)
+    cpu.gate(logits.data_ptr(), means.data_ptr(), logits.shape[0], logits.shape[1])
+    return means
