@@ -115,7 +115,8 @@ inline f32x16 round_nearest(f32x16 v) {
 
 // e^x to 2 ulp; exactly 0 below -87, so that masked attention scores weigh nothing.
 inline f32x16 exp(f32x16 x) {
-  const f32x16 clamped = x > 88.0f ? splat(88.0f) : x;
+  const f32x16 below = x < 88.0f ? x : splat(88.0f);
+  const f32x16 clamped = below > -88.0f ? below : splat(-88.0f);  // NaN too; it comes back below
   const f32x16 n = round_nearest(clamped * 1.44269504088896341f);
   f32x16 r = clamped - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
@@ -126,8 +127,8 @@ inline f32x16 exp(f32x16 x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const i32x16 exponent = __builtin_convertvector(n, i32x16) << 23;
-  const f32x16 scaled = (f32x16)((i32x16)p + exponent);
+  const u32x16 exponent = (u32x16) __builtin_convertvector(n, i32x16) << 23;
+  const f32x16 scaled = (f32x16)((u32x16)p + exponent);
   const f32x16 result = x < -87.0f ? splat(0.0f) : scaled;
   return x == x ? result : x;
 }
