@@ -15,7 +15,7 @@ from pyruntime.errors import InvalidInput, Unavailable
 from pyruntime.format.load import Container, read
 from pyruntime.gates.calibration import Calibration
 from pyruntime.gates.policy import ComputePolicy
-from pyruntime.gates.routing import Router, calibrated_rule, quantile_rule, replay_rule
+from pyruntime.gates.routing import Router, Rule, calibrated_rule, quantile_rule, replay_rule
 from pyruntime.gates.trace import Trace
 from pyruntime.layers.batch import Batch
 from pyruntime.layers.kv import BLOCK, PagedKV
@@ -24,6 +24,8 @@ from pyruntime.models.decoder import Decoder
 
 if TYPE_CHECKING:
     from pyruntime.engine.tokenizer import Tokenizer
+
+_MOST_RULES = 64  # thresholds kept ready; a budget is any number, so there is no natural bound
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +60,7 @@ class Runtime:
         self.model = Decoder(container.spec, container.gates, container.tensors, backend_name)
         self.packed_below = measure_break_even(self.model) if self.gates else 1.0
         self._tokenizer: Tokenizer | None = None
+        self._rules: dict[tuple[Calibration | None, ComputePolicy | None, float], Rule] = {}
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -125,7 +128,7 @@ class Runtime:
         elif self.gates is not None and any(budget < 1.0 for _, budget in resolved):
             modes = {mode for mode, _ in resolved}
             if modes == {"calibrated"}:
-                router.rule = calibrated_rule(self._tau(batch, policies, resolved, valid))
+                router.rule = self._calibrated(batch, policies, resolved, valid)
             elif len(set(policies)) == 1:
                 mode, budget = resolved[0]
                 policy = replace(policies[0] or ComputePolicy(), mode=mode)
@@ -218,21 +221,28 @@ class Runtime:
             valid &= tokens != token
         return None if bool(valid.all()) else valid
 
-    def _tau(
+    def _calibrated(
         self,
         batch: Batch,
         policies: Sequence[ComputePolicy | None],
         resolved: Sequence[tuple[str, float]],
         valid: Tensor | None,
-    ) -> Tensor:
-        """Thresholds float32 [L, 2], or [L, 2, N] when rows differ."""
+    ) -> Rule:
+        """The rule of fixed thresholds: [L, 2] for one policy, [L, 2, N] when rows differ."""
         distinct = list(dict.fromkeys(zip(policies, resolved, strict=True)))
-        tables = torch.stack([self._table(policy, budget) for policy, (_, budget) in distinct], -1)
         if len(distinct) == 1 and valid is None:
-            return tables[..., 0]
+            # The common step, above all when decoding: its thresholds are looked up, not made.
+            ((policy, (_, budget)),) = distinct
+            key = (self.calibration, policy, budget)
+            if key not in self._rules:
+                if len(self._rules) >= _MOST_RULES:
+                    self._rules.clear()
+                self._rules[key] = calibrated_rule(self._table(policy, budget))
+            return self._rules[key]
+        tables = torch.stack([self._table(policy, budget) for policy, (_, budget) in distinct], -1)
         which = [distinct.index(pair) for pair in zip(policies, resolved, strict=True)]
         tau = tables[..., torch.tensor(which)[batch.seq_ids.long()]]
-        return tau if valid is None else torch.where(valid, tau, -torch.inf)
+        return calibrated_rule(tau if valid is None else torch.where(valid, tau, -torch.inf))
 
     def _table(self, policy: ComputePolicy | None, budget: float) -> Tensor:
         if self.calibration is None:
