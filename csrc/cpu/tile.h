@@ -57,8 +57,6 @@ inline void tile(const T* a, const T* b, int64_t steps, f32x16 (&acc)[M][2]) {
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) c[m][0] = acc[m][0], c[m][1] = acc[m][1];
   for (int64_t k = 0; k < steps; ++k) {
-    __builtin_prefetch(b + 32 * 32 * d);
-    __builtin_prefetch(b + 32 * 32 * d + 16 * d);
     const auto b0 = S::panel(b), b1 = S::panel(b + 16 * d);
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) S::multiply(c[m][0], c[m][1], a + m * d, b0, b1);
