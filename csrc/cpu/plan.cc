@@ -22,6 +22,9 @@ int64_t plan_threshold(const float* scores, const float* tau, int64_t tau_stride
   return kept;
 }
 
+// NaN is below every number, and equal to itself.
+static bool above(float a, float b) { return a > b || (std::isnan(b) && !std::isnan(a)); }
+
 void plan_topk(const float* scores, int64_t n, int64_t experts, int64_t k, bool renormalize,
                int32_t* rows, int32_t* offsets, float* weights, int32_t* inverse) {
   // inverse first holds the chosen experts, then, once segments are counted, packed positions.
@@ -29,18 +32,15 @@ void plan_topk(const float* scores, int64_t n, int64_t experts, int64_t k, bool 
   for (int64_t i = 0; i < n; ++i) {
     const float* row = scores + i * experts;
     int32_t* chosen = inverse + i * k;
-    for (int64_t j = 0; j < k; ++j) {
-      int32_t best = -1;
-      for (int32_t e = 0; e < experts; ++e) {
-        if (std::find(chosen, chosen + j, e) != chosen + j) continue;
-        const bool first = best < 0;
-        const bool better =
-            !first && (row[e] > row[best] || (std::isnan(row[best]) && !std::isnan(row[e])));
-        if (first || better) best = e;
-      }
-      chosen[j] = best;
-      ++offsets[best + 1];
+    for (int32_t e = 0; e < experts; ++e) {
+      // An equal score goes behind those found before it: ties to the lowest expert.
+      int64_t j = std::min<int64_t>(e, k);
+      if (j == k && !above(row[e], row[chosen[k - 1]])) continue;
+      if (j == k) --j;
+      for (; j > 0 && above(row[e], row[chosen[j - 1]]); --j) chosen[j] = chosen[j - 1];
+      chosen[j] = e;
     }
+    for (int64_t j = 0; j < k; ++j) ++offsets[chosen[j] + 1];
   }
   for (int64_t e = 0; e < experts; ++e) offsets[e + 1] += offsets[e];
   for (int64_t i = 0; i < n; ++i) {
