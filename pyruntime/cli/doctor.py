@@ -25,7 +25,6 @@ _OPTIONAL = (
     ("starlette", "the server", "pip install 'pyruntime[serve]'"),
     ("pydantic", "the server", "pip install 'pyruntime[serve]'"),
     ("orjson", "the server", "pip install 'pyruntime[serve]'"),
-    ("prometheus_client", "server metrics", "pip install 'pyruntime[serve]'"),
 )
 
 
