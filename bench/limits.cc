@@ -139,7 +139,8 @@ int main(int argc, char** argv) {
   auto* x = static_cast<char*>(std::aligned_alloc(2 << 20, bytes));
   auto* y = static_cast<char*>(std::aligned_alloc(2 << 20, bytes));
   if (!x || !y) return 1;
-  madvise(x, bytes, MADV_HUGEPAGE);  // large pages where there are any: a ceiling, not a typical loop
+  madvise(x, bytes,
+          MADV_HUGEPAGE);  // large pages where there are any: a ceiling, not a typical loop
   madvise(y, bytes, MADV_HUGEPAGE);
   std::memset(x, 0, bytes);
   std::memset(y, 0, bytes);
@@ -152,7 +153,8 @@ int main(int argc, char** argv) {
 #if defined(__SSE2__)
   copy = std::min(copy, best_seconds([&] { copy_streamed(y, x, bytes); }));
 #endif
-  std::printf("{\"read_gb_per_s\": %.3f, \"copy_gb_per_s\": %.3f, \"fp32_gflops\": %.2f, "
-              "\"bf16_gflops\": %.2f}\n",
-              bytes / read / 1e9, 2 * bytes / copy / 1e9, fp32_gflops(), bf16_gflops());
+  std::printf(
+      "{\"read_gb_per_s\": %.3f, \"copy_gb_per_s\": %.3f, \"fp32_gflops\": %.2f, "
+      "\"bf16_gflops\": %.2f}\n",
+      bytes / read / 1e9, 2 * bytes / copy / 1e9, fp32_gflops(), bf16_gflops());
 }
