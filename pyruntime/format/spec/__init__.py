@@ -1,0 +1,29 @@
+"""What a model is: its shapes, its gates, and the exact list of tensors a folder must hold.
+
+A leaf package of plain records: models, engine and profile build from them without importing the
+loader.
+"""
+
+from __future__ import annotations
+
+from pyruntime.format.spec.decoder import DecoderSpec, LatentSpec
+from pyruntime.format.spec.experts import ExpertSpec, RouterSpec
+from pyruntime.format.spec.gates import GateSpec
+from pyruntime.format.spec.record import from_dict, to_dict
+from pyruntime.format.spec.rope import ROPE_SCALING_KEYS, rope_scaling_problems
+from pyruntime.format.spec.tensors import PANEL, TensorSpec, decoder_tensors
+
+__all__ = [
+    "PANEL",
+    "ROPE_SCALING_KEYS",
+    "DecoderSpec",
+    "ExpertSpec",
+    "GateSpec",
+    "LatentSpec",
+    "RouterSpec",
+    "TensorSpec",
+    "decoder_tensors",
+    "from_dict",
+    "rope_scaling_problems",
+    "to_dict",
+]

@@ -1,0 +1,29 @@
+"""The specification of every op, in a few lines of torch; runs on any device torch has.
+
+Shapes: N source rows, R packed rows, H or K columns, S segments. Every count may be zero.
+"""
+
+from __future__ import annotations
+
+from pyruntime.ops.reference.attention import BLOCK, append, attention, read_cache, rotate
+from pyruntime.ops.reference.compute import gate, rms_norm, segment_matmul
+from pyruntime.ops.reference.move import combine, compact, gather
+from pyruntime.ops.reference.plan import plan_partition, plan_threshold, plan_topk, quantile
+
+__all__ = [
+    "BLOCK",
+    "append",
+    "attention",
+    "combine",
+    "compact",
+    "gate",
+    "gather",
+    "plan_partition",
+    "plan_threshold",
+    "plan_topk",
+    "quantile",
+    "read_cache",
+    "rms_norm",
+    "rotate",
+    "segment_matmul",
+]
