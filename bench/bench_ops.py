@@ -68,7 +68,7 @@ def bench_calls(report: Report, quick: bool) -> None:
         ("gather", "checked call, 8 rows of 64", lambda: ops.gather(few, everyone), 6),
         ("plan_threshold", "N=256", lambda: ops.plan_threshold(scores, tau), 15),
         ("plan_threshold", "N=256, weighted", lambda: ops.plan_threshold(scores, tau, True), 15),
-        ("plan_topk", "N=256, E=8, k=2", lambda: ops.plan_topk(routed, 2), 15),
+        ("plan_topk", "N=256, E=8, k=2", lambda: ops.plan_topk(routed, ops.TopK(2)), 15),
         ("plan_partition", "N=256, S=8", lambda: ops.plan_partition(labels, 8), 15),
     ]
     arms = {f"{op} {what}": timed(call, 200) for op, what, call, _ in calls}

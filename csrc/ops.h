@@ -15,15 +15,38 @@ enum class Epilogue : int { kNone = 0, kGelu = 1, kSilu = 2, kSiluMul = 3 };
 int64_t plan_threshold(const float* scores, const float* tau, int64_t tau_stride, int64_t n,
                        int32_t* rows, int32_t* offsets, int32_t* inverse, float* weights);
 
-// The k largest of each row of scores [N, E]; ties go to the lowest expert, NaN counts as lowest.
-// Writes rows [N*k], offsets [E+1], weights [N*k], inverse [N, k] (choices by falling score).
-void plan_topk(const float* scores, int64_t n, int64_t experts, int64_t k, bool renormalize,
-               int32_t* rows, int32_t* offsets, float* weights, int32_t* inverse);
+enum class Score : int { kNone = 0, kSoftmax = 1, kSigmoid = 2, kSqrtSoftplus = 3 };
 
-// Stable counting sort of labels [N] in [0, S); -1 is dropped. Returns R, or -1 - n for the first
-// row n whose label is out of range.
-int64_t plan_partition(const int32_t* labels, int64_t n, int64_t segments, int32_t* rows,
-                       int32_t* offsets, int32_t* inverse);
+// pyruntime/ops/topk.py; flags are Score, then a bit for each kTopK... below.
+constexpr int kTopKOverChosen = 4, kTopKNormalize = 8, kTopKSum2 = 16, kTopKRoundWeights = 32,
+              kTopKRenormalizeUsed = 64;
+struct TopKRule {
+  int64_t k;
+  int flags;
+  int64_t groups, top_groups;
+  float epsilon, scale;
+};
+
+struct TopKArgs {
+  const float* logits;  // [N, E]
+  const float* bias;    // [E] or null, for the choice alone
+  const float* limits;  // [N, 3] or null: slots, gap, mass
+  TopKRule rule;
+  int32_t* ids;    // [N, k] best first, then -1
+  float* weights;  // [N, k], unspecified where the id is -1; plan_topk brings its own
+  int64_t rows, experts;
+};
+
+// Choices by args.rule and their plan. args.ids become inverse [N, k]. Writes rows [R], offsets
+// [E+1] and weights [R]; rows and weights have room for N*k. Returns R.
+int64_t plan_topk(const TopKArgs& args, int32_t* rows, int32_t* offsets, float* weights);
+
+// Stable counting sort of labels [N, K] in [0, S); -1 is dropped. slot_weights [N, K] and weights
+// [R] are both null or neither. inverse [N, K] may be labels. Returns R, or -1 - f for the first
+// flat f whose label is out of range.
+int64_t plan_partition(const int32_t* labels, const float* slot_weights, int64_t n, int64_t choices,
+                       int64_t segments, int32_t* rows, int32_t* offsets, float* weights,
+                       int32_t* inverse);
 
 // Linearly interpolated quantile of n >= 1 scores, NaN above all; scratch [n] is overwritten.
 float quantile(const float* scores, int64_t n, double q, float* scratch);
@@ -131,6 +154,7 @@ constexpr int64_t kHeadPad = 32;  // head_dim is padded to a multiple of this in
 // The ops that are compiled once per instruction set.
 struct Kernels {
   const char* isa;
+  void (*choose_topk)(const TopKArgs&);  // the first half of plan_topk: ids and their weights
   void (*combine)(const CombineArgs&);
   void (*segment_matmul)(const MatmulArgs&);
   void (*rms_norm)(const NormArgs&);

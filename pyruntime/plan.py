@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyruntime.errors import InvalidInput
@@ -62,6 +63,17 @@ class Plan:
         rows = torch.arange(num_rows, dtype=torch.int32, device=device)
         offsets = torch.tensor([0, num_rows], dtype=torch.int32, device=device)
         return Plan(rows, offsets, None, rows.view(-1, 1), num_rows, num_rows)
+
+    def choices(self) -> Tensor:
+        """Segment of every choice, int32 [N, K], -1 where dropped."""
+        segment = torch.searchsorted(self.offsets[1:], self.inverse, right=True, out_int32=True)
+        return torch.where(self.inverse < 0, -1, segment)
+
+    def slot_weights(self) -> Tensor:
+        """Combine weight of every choice, float32 [N, K], 0 where dropped."""
+        if self.weights is None:
+            return (self.inverse >= 0).float()
+        return F.pad(self.weights, (0, 1))[self.inverse.long()]  # -1 finds the zero at the end
 
     def validate(self) -> None:
         """Check every invariant of the class; for tests and for plans made outside the planners.

@@ -34,16 +34,29 @@ PYBIND11_MODULE(_cpu, m) {
     return plan_threshold(at<float>(scores), at<float>(tau), tau_stride, n, at<int32_t>(rows),
                           at<int32_t>(offsets), at<int32_t>(inverse), at<float>(weights));
   });
-  m.def("plan_topk", [](Address scores, int64_t n, int64_t experts, int64_t k, bool renormalize,
-                        Address rows, Address offsets, Address weights, Address inverse) {
-    plan_topk(at<float>(scores), n, experts, k, renormalize, at<int32_t>(rows),
-              at<int32_t>(offsets), at<float>(weights), at<int32_t>(inverse));
-  });
-  m.def("plan_partition", [](Address labels, int64_t n, int64_t segments, Address rows,
-                             Address offsets, Address inverse) {
-    return plan_partition(at<int32_t>(labels), n, segments, at<int32_t>(rows), at<int32_t>(offsets),
-                          at<int32_t>(inverse));
-  });
+  m.def("plan_topk",
+        [](Address logits, Address bias, Address limits, int64_t n, int64_t experts, int64_t k,
+           int flags, int64_t groups, int64_t top_groups, float epsilon, float scale, Address rows,
+           Address offsets, Address weights, Address inverse) {
+          py::gil_scoped_release unlocked;
+          return plan_topk({at<float>(logits),
+                            at<float>(bias),
+                            at<float>(limits),
+                            {k, flags, groups, top_groups, epsilon, scale},
+                            at<int32_t>(inverse),
+                            nullptr,
+                            n,
+                            experts},
+                           at<int32_t>(rows), at<int32_t>(offsets), at<float>(weights));
+        });
+  m.def("plan_partition",
+        [](Address labels, Address slot_weights, int64_t n, int64_t choices, int64_t segments,
+           Address rows, Address offsets, Address weights, Address inverse) {
+          py::gil_scoped_release unlocked;
+          return plan_partition(at<int32_t>(labels), at<float>(slot_weights), n, choices, segments,
+                                at<int32_t>(rows), at<int32_t>(offsets), at<float>(weights),
+                                at<int32_t>(inverse));
+        });
   m.def("quantile", [](Address scores, int64_t n, double q, Address scratch) {
     return quantile(at<float>(scores), n, q, at<float>(scratch));
   });

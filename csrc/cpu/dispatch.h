@@ -5,6 +5,7 @@
 
 #define PYRT_DECLARE(isa)                 \
   namespace pyrt::isa {                   \
+  void choose_topk(const TopKArgs&);      \
   void combine(const CombineArgs&);       \
   void segment_matmul(const MatmulArgs&); \
   void rms_norm(const NormArgs&);         \

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from pyruntime.ops.backend import backend
+from pyruntime.ops.topk import TopK
 from pyruntime.ops.weight import Weight
 from pyruntime.plan import Plan
 
 __all__ = [
+    "TopK",
     "Weight",
     "backend",
     "combine",
@@ -35,14 +37,19 @@ def plan_threshold(scores: Tensor, tau: Tensor, weighted: bool = False) -> Plan:
     return cast(Plan, backend(scores.device).plan_threshold(scores, tau, weighted))
 
 
-def plan_topk(scores: Tensor, k: int, renormalize: bool = False) -> Plan:
+def plan_topk(
+    logits: Tensor,
+    rule: TopK,
+    selection_bias: Tensor | None = None,
+    limits: Tensor | None = None,
+) -> Plan:
     """See `pyruntime.ops.reference.plan_topk`."""
-    return cast(Plan, backend(scores.device).plan_topk(scores, k, renormalize))
+    return cast(Plan, backend(logits.device).plan_topk(logits, rule, selection_bias, limits))
 
 
-def plan_partition(labels: Tensor, segments: int) -> Plan:
+def plan_partition(labels: Tensor, segments: int, weights: Tensor | None = None) -> Plan:
     """See `pyruntime.ops.reference.plan_partition`."""
-    return cast(Plan, backend(labels.device).plan_partition(labels, segments))
+    return cast(Plan, backend(labels.device).plan_partition(labels, segments, weights))
 
 
 def quantile(scores: Tensor, q: float) -> Tensor:

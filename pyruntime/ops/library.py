@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.library import Library, infer_schema, register_fake
 
 from pyruntime import ops
 from pyruntime.errors import InvalidInput
+from pyruntime.ops.topk import GroupScore, Score, TopK
 from pyruntime.ops.weight import Weight
 from pyruntime.plan import Plan
 
@@ -51,6 +52,13 @@ def _index(plan: Plan, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     return rows, plan.offsets.clone(), plan.inverse.clone()  # a planner's tensors share memory
 
 
+def _packed_weights(plan: Plan, capacity: int) -> Tensor:
+    weights = plan.rows.new_zeros(capacity, dtype=torch.float32)
+    count = plan.rows.shape[0]
+    weights[:count] = 1.0 if plan.weights is None else plan.weights
+    return weights
+
+
 def _plan(
     rows: Tensor, offsets: Tensor, num_rows: int, inverse: Tensor, weights: Tensor | None = None
 ) -> Plan:
@@ -75,24 +83,60 @@ def plan_threshold(scores: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor,
 
 
 @_op(
-    lambda scores, k, renormalize=False: (
-        *_fake_index(scores, scores.shape[0] * k, scores.shape[1], k),
-        scores.new_empty(scores.shape[0] * k),
+    lambda logits, k, *_, **__: (
+        *_fake_index(logits, logits.shape[0] * k, logits.shape[1], k),
+        logits.new_empty(logits.shape[0] * k),
     )
 )
 def plan_topk(
-    scores: Tensor, k: int, renormalize: bool = False
+    logits: Tensor,
+    k: int,
+    selection_bias: Tensor | None = None,
+    limits: Tensor | None = None,
+    score: str = "none",
+    over_chosen: bool = False,
+    normalize: bool = False,
+    epsilon: float = 0.0,
+    scale: float = 1.0,
+    groups: int = 1,
+    top_groups: int = 1,
+    group_score: str = "max",
+    round_weights: bool = False,
+    renormalize_used: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(rows [N * k], offsets [S + 1], inverse [N, k], weights [N * k])."""
-    plan = ops.plan_topk(scores.contiguous(), k, renormalize)
-    assert plan.weights is not None  # of any plan of this kind
-    return *_index(plan, plan.capacity), plan.weights.clone()
+    """(rows [N * k], offsets [S + 1], inverse [N, k], weights [N * k]); see `TopK`."""
+    rule = TopK(
+        k,
+        cast(Score, score),
+        over_chosen,
+        normalize,
+        epsilon,
+        scale,
+        groups,
+        top_groups,
+        cast(GroupScore, group_score),
+        round_weights,
+        renormalize_used,
+    )
+    bias = None if selection_bias is None else selection_bias.contiguous()
+    cuts = None if limits is None else limits.contiguous()
+    plan = ops.plan_topk(logits.contiguous(), rule, bias, cuts)
+    return *_index(plan, logits.shape[0] * k), _packed_weights(plan, logits.shape[0] * k)
 
 
-@_op(lambda labels, segments: _fake_index(labels, labels.shape[0], segments, 1))
-def plan_partition(labels: Tensor, segments: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows [N], offsets [segments + 1], inverse [N, 1])."""
-    return _index(ops.plan_partition(labels.contiguous(), segments), labels.shape[0])
+@_op(
+    lambda labels, segments, weights=None: (
+        *_fake_index(labels, labels.numel(), segments, labels.shape[1] if labels.dim() == 2 else 1),
+        labels.new_empty(labels.numel(), dtype=torch.float32),
+    )
+)
+def plan_partition(
+    labels: Tensor, segments: int, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of labels [N] or [N, K]: rows, offsets [segments + 1], inverse [N, K], weights or 1."""
+    given = None if weights is None else weights.contiguous()
+    plan = ops.plan_partition(labels.contiguous(), segments, given)
+    return *_index(plan, labels.numel()), _packed_weights(plan, labels.numel())
 
 
 @_op(lambda scores, q: scores.new_empty(()))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyruntime.ops import Weight, reference
+from pyruntime.ops import TopK, Weight, reference
 from pyruntime.plan import Plan
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -42,22 +44,63 @@ def threshold_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     return scores, draw(vectors(values, min_size=size, max_size=size))
 
 
-@st.composite
-def topk_cases(draw: st.DrawFn) -> tuple[Tensor, int]:
-    """Scores [N, S] and k."""
-    segments = draw(st.integers(1, 9))
-    rows = draw(st.integers(0, 20))
-    flat = draw(vectors(min_size=rows * segments, max_size=rows * segments))
-    return flat.view(rows, segments), draw(st.integers(1, segments))
+@dataclass(frozen=True)
+class TopKCase:
+    """Arguments of plan_topk."""
+
+    logits: Tensor
+    rule: TopK
+    bias: Tensor | None = None
+    limits: Tensor | None = None
 
 
 @st.composite
-def partition_cases(draw: st.DrawFn) -> tuple[Tensor, int]:
-    """Labels int32 [N] with drops and empty segments, and S."""
+def topk_cases(draw: st.DrawFn, min_rows: int = 0) -> TopKCase:
+    """Every kind of rule; half of the logits have ties and all that breaks comparisons."""
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3, 4]))
+    segments = groups * draw(st.sampled_from([2, 3, 5, 16, 19] if groups > 1 else [1, 2, 7, 70]))
+    top_groups = draw(st.integers(1, groups))
+    score = draw(st.sampled_from(["none", "softmax", "sigmoid", "sqrt_softplus"]))
+    rule = TopK(
+        draw(st.integers(1, segments // groups * top_groups)),
+        score,
+        over_chosen=score == "softmax" and draw(st.booleans()),
+        normalize=draw(st.booleans()),
+        epsilon=draw(st.sampled_from([0.0, 1e-20, 0.125])),
+        scale=draw(st.sampled_from([1.0, 2.5])),
+        groups=groups,
+        top_groups=top_groups,
+        group_score=draw(st.sampled_from(["max", "sum2"])),
+        round_weights=draw(st.booleans()),
+        renormalize_used=draw(st.booleans()),
+    )
+    count, seed = draw(st.integers(min_rows, 6)), draw(seeds)
+    logits = normal(seed, count, segments) * draw(st.sampled_from([1.0, 6.0, 50.0]))
+    if draw(st.booleans()):
+        special = torch.tensor([0.0, -0.0, 0.25, 0.5, 1.0, torch.nan, torch.inf, -torch.inf, 1e-40])
+        pick = torch.randint(special.numel(), logits.shape, generator=generator(seed))
+        logits = special[pick]
+    bias = normal(seed + 1, segments) if draw(st.booleans()) else None
+    limits = None
+    if draw(st.booleans()):
+        columns = torch.rand(count, 3, generator=generator(seed + 2))
+        columns[:, 0] = (columns[:, 0] * (rule.k + 2)).floor()
+        limits = torch.where(normal(seed + 3, count, 3) > 0.5, torch.inf, columns)
+    return TopKCase(logits, rule, bias, limits)
+
+
+@st.composite
+def partition_cases(draw: st.DrawFn) -> tuple[Tensor, int, Tensor | None]:
+    """Labels int32 [N] or [N, K] with drops and empty segments, S, and weights or None."""
     segments = draw(st.integers(1, 40))
     used = draw(st.lists(st.integers(-1, segments - 1), min_size=1, max_size=4))
-    labels = draw(st.lists(st.sampled_from(used), max_size=80))
-    return torch.tensor(labels, dtype=torch.int32), segments
+    choices = draw(st.integers(0, 4))
+    drawn = draw(st.lists(st.sampled_from(used), max_size=80))
+    labels = torch.tensor(drawn[: len(drawn) // max(choices, 1) * max(choices, 1)]).int()
+    if choices:
+        labels = labels.view(-1, choices)
+    weights = normal(draw(seeds), *labels.shape) if draw(st.booleans()) else None
+    return labels, segments, weights
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -85,6 +128,21 @@ def assert_same_plan(actual: Plan, expected: Plan) -> None:
     assert (actual.weights is None) == (expected.weights is None)
     if actual.weights is not None and expected.weights is not None:
         assert_same_bits(actual.weights, expected.weights)
+
+
+def check_plan(plan: Plan, choices: int) -> None:
+    """The invariants of DESIGN §2 that `Plan.validate` states, and those it takes for granted."""
+    plan.validate()
+    assert plan.inverse.shape == (plan.num_rows, choices)
+    assert plan.kept == plan.rows.numel() == int(plan.offsets[-1])
+    assert plan.kept + plan.dropped == plan.num_rows * choices
+    assert plan.capacity >= plan.kept
+    assert plan.weights is None or plan.weights.shape == plan.rows.shape
+    for n, positions in enumerate(plan.inverse.tolist()):
+        assert all(int(plan.rows[p]) == n for p in positions if p >= 0)
+    assert plan.is_all == (
+        plan.num_segments == 1 and choices == 1 and plan.rows.tolist() == list(range(plan.num_rows))
+    )
 
 
 def generator(seed: int) -> torch.Generator:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyruntime.errors import InvalidInput
-from pyruntime.ops import Weight, native
+from pyruntime.ops import TopK, Weight, native
 from pyruntime.plan import Plan
 from tests.ops.strategies import segments_plan
 
@@ -26,8 +26,20 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: native.plan_threshold(X[0], torch.zeros(3)),
         "plan_threshold: tau has 3 rows, scores 8",
     ),
-    "topk rank": (lambda: native.plan_topk(X[0], 1), "plan_topk: scores must be .* rank 2, got .*"),
-    "topk k": (lambda: native.plan_topk(X, 9), r"plan_topk: k must lie in \[1, 8\], got 9"),
+    "topk rank": (
+        lambda: native.plan_topk(X[0], TopK(1)), "plan_topk: logits must be .* rank 2, got .*"
+    ),
+    "topk k": (lambda: native.plan_topk(X, TopK(9)), r"plan_topk: k must lie in \[1, 8\], got 9"),
+    "topk bias": (
+        lambda: native.plan_topk(X, TopK(1), X), "plan_topk: selection_bias must .* rank 1, got .*"
+    ),
+    "topk limits": (
+        lambda: native.plan_topk(X, TopK(1), None, X[0]), "plan_topk: limits must .* rank 2, got .*"
+    ),
+    "label weights": (
+        lambda: native.plan_partition(torch.zeros(2, dtype=torch.int32), 2, X),
+        "plan_partition: weights must be .* rank 1, got .*",
+    ),
     "labels": (
         lambda: native.plan_partition(X[0], 2),
         "plan_partition: labels must be .*int32.*got contiguous torch.float32",

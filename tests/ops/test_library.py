@@ -14,7 +14,7 @@ from torch.export import Dim, export, load, save
 import pyruntime.ops.library  # noqa: F401 - registers torch.ops.pyruntime
 from pyruntime import ops
 from pyruntime.errors import InvalidInput
-from pyruntime.ops import Weight
+from pyruntime.ops import TopK, Weight
 
 lib = torch.ops.pyruntime
 DTYPES = [torch.float32, torch.bfloat16]
@@ -36,10 +36,14 @@ def seed() -> None:
 def test_planners(shape: tuple[int, int, int, int]) -> None:
     count, segments, choices, _ = shape
     scores = torch.rand(count, segments)
-    check(lib.plan_topk, scores, choices if choices <= segments else segments, renormalize=True)
+    check(lib.plan_topk, scores, choices, normalize=True)
+    check(lib.plan_topk, scores, choices, torch.rand(segments), torch.rand(count, 3), "sigmoid")
     check(lib.plan_threshold, scores[:, 0], torch.tensor(0.5))
     check(lib.plan_threshold, scores[:, 0], torch.full((count,), 0.5))
-    check(lib.plan_partition, torch.randint(-1, segments, (count,), dtype=torch.int32), segments)
+    labels = torch.randint(-1, segments, (count, choices), dtype=torch.int32)
+    check(lib.plan_partition, labels, segments)
+    check(lib.plan_partition, labels, segments, torch.rand(count, choices))
+    check(lib.plan_partition, labels[:, 0], segments)
     if count:
         check(lib.quantile, scores[:, 0], 0.3)
 
@@ -106,8 +110,8 @@ class MoE(nn.Module):
         self.register_buffer("down", down.data)
 
     def forward(self, x: Tensor) -> Tensor:
-        scores = self.router(x).softmax(-1)
-        rows, offsets, inverse, weights = lib.plan_topk(scores, 2, True)
+        scores = self.router(x)
+        rows, offsets, inverse, weights = lib.plan_topk(scores, 2, score="softmax", normalize=True)
         packed = lib.gather(x, rows, offsets)
         hidden = lib.segment_matmul(
             packed, self.gate_up, 2 * self.inner, self.width, offsets, epilogue="silu_mul"
@@ -117,7 +121,7 @@ class MoE(nn.Module):
 
     def plain(self, x: Tensor) -> Tensor:
         """The same by the ops themselves, whose packed tensors are not padded."""
-        plan = ops.plan_topk(self.router(x).softmax(-1), 2, True)
+        plan = ops.plan_topk(self.router(x), TopK(2, "softmax", normalize=True))
         pair = Weight(self.gate_up, 2 * self.inner, self.width, "panel", True)
         down = Weight(self.down, self.width, self.inner)
         hidden = ops.segment_matmul(x, pair, plan, gather=True, epilogue="silu_mul")

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyruntime.ops import native, reference
+from pyruntime.ops import TopK, native, reference
 from tests.ops.strategies import (
     BF16,
     F32,
@@ -87,7 +87,7 @@ def test_combine_several_choices(
     seed: int, count: int, width: int, k: int, dtype: torch.dtype, scaled: bool
 ) -> None:
     scores = torch.rand(count, 6, generator=generator(seed))
-    plan = reference.plan_topk(scores, k, renormalize=True)
+    plan = reference.plan_topk(scores, TopK(k, normalize=True))
     # Drop a third of the rows' choices, as a full expert would.
     gone = torch.rand(count, k, generator=generator(seed + 1)) < 0.3
     plan = dataclasses.replace(plan, inverse=torch.where(gone, -1, plan.inverse))

@@ -16,36 +16,23 @@ from torch import Tensor
 
 from pyruntime import ops as public
 from pyruntime.errors import InvalidInput
-from pyruntime.ops import native, reference
+from pyruntime.ops import TopK, native, reference
 from pyruntime.plan import Plan
 from tests.ops.strategies import (
     assert_same_bits,
     assert_same_plan,
     bits,
+    check_plan,
     finite,
+    generator,
     normal,
     partition_cases,
+    several_threads,
     threshold_cases,
-    topk_cases,
     vectors,
 )
 
 BACKENDS = [pytest.param(reference, id="reference"), pytest.param(native, id="native")]
-
-
-def check(plan: Plan, choices: int) -> None:
-    """The invariants of DESIGN §2 that `Plan.validate` states, and those it takes for granted."""
-    plan.validate()
-    assert plan.inverse.shape == (plan.num_rows, choices)
-    assert plan.kept == plan.rows.numel() == int(plan.offsets[-1])
-    assert plan.kept + plan.dropped == plan.num_rows * choices
-    assert plan.capacity >= plan.kept
-    assert plan.weights is None or plan.weights.shape == plan.rows.shape
-    for n, positions in enumerate(plan.inverse.tolist()):
-        assert all(int(plan.rows[p]) == n for p in positions if p >= 0)
-    assert plan.is_all == (
-        plan.num_segments == 1 and choices == 1 and plan.rows.tolist() == list(range(plan.num_rows))
-    )
 
 
 # ---- plan_threshold ----
@@ -59,7 +46,7 @@ def check(plan: Plan, choices: int) -> None:
 def test_plan_threshold(case: tuple[Tensor, Tensor], weighted: bool) -> None:
     scores, tau = case
     plan = native.plan_threshold(scores, tau, weighted)
-    check(plan, 1)
+    check_plan(plan, 1)
     assert_same_plan(plan, reference.plan_threshold(scores, tau, weighted))
     limits = tau.expand_as(scores).tolist()
     pairs = enumerate(zip(scores.tolist(), limits, strict=True))
@@ -70,53 +57,45 @@ def test_plan_threshold(case: tuple[Tensor, Tensor], weighted: bool) -> None:
         assert_same_bits(plan.weights, scores[kept])
 
 
-# ---- plan_topk ----
-
-
-@given(topk_cases(), st.booleans())
-@example((torch.empty(0, 3), 2), False)
-@example((torch.tensor([[0.5, 0.5, 0.5]]), 2), True)
-@example((torch.full((2, 3), torch.nan), 3), False)
-@example((torch.tensor([[-torch.inf, torch.nan, -torch.inf]]), 2), False)
-@example((torch.tensor([[0.0, -0.0]]), 1), False)
-def test_plan_topk(case: tuple[Tensor, int], renormalize: bool) -> None:
-    scores, k = case
-    plan = native.plan_topk(scores, k, renormalize)
-    check(plan, k)
-    assert_same_plan(plan, reference.plan_topk(scores, k, renormalize))
-    assert plan.dropped == 0
-    assert plan.weights is not None
-    segment = torch.repeat_interleave(torch.arange(scores.shape[1]), plan.offsets.diff())
-    for n, row in enumerate(scores.tolist()):
-        order = sorted(range(len(row)), key=lambda e: (math.isnan(row[e]), -row[e], e)
-                       if not math.isnan(row[e]) else (True, 0.0, e))  # fmt: skip
-        positions = plan.inverse[n].long()
-        assert segment[positions].tolist() == order[:k]
-        weights = scores[n, order[:k]]
-        if renormalize:
-            total = torch.zeros(())
-            for weight in weights:
-                total = total + weight
-            weights = weights / total
-        assert_same_bits(plan.weights[positions], weights)
-
-
 # ---- plan_partition ----
 
 
 @given(partition_cases())
-@example((torch.empty(0, dtype=torch.int32), 3))
-@example((torch.full((4,), -1, dtype=torch.int32), 2))
-@example((torch.zeros(5, dtype=torch.int32), 1))
-@example((torch.tensor([39], dtype=torch.int32), 40))
-def test_plan_partition(case: tuple[Tensor, int]) -> None:
-    labels, segments = case
-    plan = native.plan_partition(labels, segments)
-    check(plan, 1)
-    assert_same_plan(plan, reference.plan_partition(labels, segments))
-    grouped = [[n for n, x in enumerate(labels.tolist()) if x == s] for s in range(segments)]
-    assert plan.rows.tolist() == [n for rows in grouped for n in rows]
-    assert plan.offsets.diff().tolist() == [len(rows) for rows in grouped]
+@example((torch.empty(0, dtype=torch.int32), 3, None))
+@example((torch.full((4,), -1, dtype=torch.int32), 2, None))
+@example((torch.zeros(5, dtype=torch.int32), 1, torch.ones(5)))
+@example((torch.tensor([39], dtype=torch.int32), 40, None))
+@example((torch.zeros(3, 2, dtype=torch.int32), 2, torch.arange(6.0).view(3, 2)))  # a row twice
+@example((torch.empty(3, 0, dtype=torch.int32), 2, torch.empty(3, 0)))
+def test_plan_partition(case: tuple[Tensor, int, Tensor | None]) -> None:
+    labels, segments, weights = case
+    plan = native.plan_partition(labels, segments, weights)
+    choices = labels.shape[1] if labels.dim() == 2 else 1
+    check_plan(plan, choices)
+    assert_same_plan(plan, reference.plan_partition(labels, segments, weights))
+    flat = labels.flatten().tolist()
+    grouped = [[f for f, x in enumerate(flat) if x == s] for s in range(segments)]
+    order = [f for group in grouped for f in group]
+    assert plan.rows.tolist() == [f // choices for f in order]
+    assert plan.offsets.diff().tolist() == [len(group) for group in grouped]
+    assert_same_bits(plan.choices(), labels.view(plan.inverse.shape))
+    assert (plan.weights is None) == (weights is None)
+    given_weights = torch.ones(plan.inverse.shape) if weights is None else weights
+    expected = torch.where(plan.inverse >= 0, given_weights.view(plan.inverse.shape), 0.0)
+    assert_same_bits(plan.slot_weights(), expected)
+    if plan.weights is not None and weights is not None:
+        assert_same_bits(plan.weights, weights.flatten()[order])
+
+
+@several_threads
+@pytest.mark.parametrize("segments", [1, 2, 300])
+def test_a_large_partition_is_the_same_on_any_threads(threads: None, segments: int) -> None:
+    labels = torch.randint(-1, segments, (20_000, 3), generator=generator(segments)).int()
+    plan = native.plan_partition(labels, segments, normal(0, 20_000, 3))
+    assert_same_plan(plan, reference.plan_partition(labels, segments, normal(0, 20_000, 3)))
+    labels[11_111, 2] = labels[15_000, 0] = segments
+    with pytest.raises(InvalidInput, match=rf"label of row 11111 must .*, got {segments}"):
+        native.plan_partition(labels, segments)
 
 
 @pytest.mark.parametrize("ops", BACKENDS)
@@ -124,6 +103,14 @@ def test_plan_partition(case: tuple[Tensor, int]) -> None:
 def test_a_label_out_of_range_is_refused(ops: ModuleType, label: int) -> None:
     with pytest.raises(InvalidInput, match=r"plan_partition: label.*\[-1, 3\)"):
         ops.plan_partition(torch.tensor([0, label, 1], dtype=torch.int32), 3)
+
+
+@pytest.mark.parametrize("ops", BACKENDS)
+def test_partition_weights_are_refused(ops: ModuleType) -> None:
+    with pytest.raises(
+        InvalidInput, match=r"plan_partition: weights must be \[4, 2\], got .*\[2, 4\]"
+    ):
+        ops.plan_partition(torch.zeros(4, 2, dtype=torch.int32), 3, torch.zeros(2, 4))
 
 
 # ---- quantile ----
@@ -167,8 +154,10 @@ def test_public_planners_are_the_native_ones_on_the_cpu() -> None:
     )
     labels = (scores * 2).int().clamp(-1, 3)
     assert_same_plan(public.plan_partition(labels, 4), native.plan_partition(labels, 4))
-    square = normal(1, 10, 4)
-    assert_same_plan(public.plan_topk(square, 2, True), native.plan_topk(square, 2, True))
+    pairs, weights = labels.view(25, 2), scores.view(25, 2)
+    assert_same_plan(
+        public.plan_partition(pairs, 4, weights), native.plan_partition(pairs, 4, weights)
+    )
     assert_same_bits(public.quantile(scores, 0.3), native.quantile(scores, 0.3))
     assert public.backend("cpu") is native
 
@@ -179,7 +168,7 @@ def test_public_planners_are_the_native_ones_on_the_cpu() -> None:
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_plan_all(count: int) -> None:
     plan = Plan.all(count)
-    check(plan, 1)
+    check_plan(plan, 1)
     assert plan.is_all and plan.dropped == 0
     assert_same_plan(plan, native.plan_threshold(torch.zeros(count), torch.tensor(-torch.inf)))
 
@@ -224,7 +213,7 @@ def test_is_all_needs_one_segment_and_one_choice() -> None:
     twice.validate()
     assert not twice.is_all  # as many packed rows as source rows, but not the same ones
     assert not native.plan_partition(int32(1, 0), 2).is_all
-    assert not native.plan_topk(normal(0, 1, 2), 2).is_all
+    assert not native.plan_topk(normal(0, 1, 2), TopK(2)).is_all
     assert not native.plan_threshold(normal(0, 4), torch.tensor(0.0)).is_all
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pyruntime.errors import InvalidInput
-from pyruntime.ops.native.binding import F32, I32, check, cpu
+from pyruntime.ops.native.binding import F32, I32, check, cpu, refuse
+from pyruntime.ops.topk import TopK
 from pyruntime.plan import Plan
 
 _ONE = Plan.all(1)
@@ -61,52 +62,89 @@ def _plan_one(scores: Tensor, tau: Tensor, weighted: bool) -> Plan:
     return Plan(plan.rows, plan.offsets, weights, plan.inverse, 1, plan.capacity)
 
 
-def plan_topk(scores: Tensor, k: int, renormalize: bool = False) -> Plan:
-    """The k best segments of every row; see `pyruntime.ops.reference.plan_topk`."""
-    check("plan_topk", "scores", scores, F32, 2)
-    count, experts = scores.shape
-    if not 1 <= k <= experts:
-        raise InvalidInput(f"plan_topk: k must lie in [1, {experts}], got {k}")
+def plan_topk(
+    logits: Tensor,
+    rule: TopK,
+    selection_bias: Tensor | None = None,
+    limits: Tensor | None = None,
+) -> Plan:
+    """The segments ``rule`` picks for every row; see `pyruntime.ops.reference.plan_topk`."""
+    check("plan_topk", "logits", logits, F32, 2)
+    count, experts = logits.shape
+    k = rule.k
+    rule.check(experts)
+    if selection_bias is not None:
+        check("plan_topk", "selection_bias", selection_bias, F32, 1)
+        if selection_bias.shape[0] != experts:
+            raise refuse("plan_topk", "selection_bias", f"[{experts}]", selection_bias)
+    if limits is not None:
+        check("plan_topk", "limits", limits, F32, 2)
+        if limits.shape != (count, 3):
+            raise refuse("plan_topk", "limits", f"[{count}, 3]", limits)
     rows = torch.empty(count * k, dtype=I32)
     offsets = torch.empty(experts + 1, dtype=I32)
     weights = torch.empty(count * k, dtype=F32)
     inverse = torch.empty(count, k, dtype=I32)
-    cpu.plan_topk(
-        scores.data_ptr(),
+    kept = cpu.plan_topk(
+        logits.data_ptr(),
+        0 if selection_bias is None else selection_bias.data_ptr(),
+        0 if limits is None else limits.data_ptr(),
         count,
         experts,
         k,
-        renormalize,
+        rule.flags,
+        rule.groups,
+        rule.top_groups,
+        rule.epsilon,
+        rule.scale,
         rows.data_ptr(),
         offsets.data_ptr(),
         weights.data_ptr(),
         inverse.data_ptr(),
     )
-    return Plan(rows, offsets, weights, inverse, count, count * k)
+    if kept != count * k:
+        rows.resize_(kept)
+        weights.resize_(kept)
+    return Plan(rows, offsets, weights, inverse, count, kept)
 
 
-def plan_partition(labels: Tensor, segments: int) -> Plan:
-    """Rows grouped by label; see `pyruntime.ops.reference.plan_partition`."""
-    check("plan_partition", "labels", labels, I32, 1)
+def plan_partition(labels: Tensor, segments: int, weights: Tensor | None = None) -> Plan:
+    """Choices grouped by label; see `pyruntime.ops.reference.plan_partition`."""
+    pair = labels.dim() == 2
+    check("plan_partition", "labels", labels, I32, 2 if pair else 1)
     count = labels.shape[0]
-    rows = torch.empty(count, dtype=I32)
+    choices = labels.shape[1] if pair else 1
+    packed = None
+    if weights is not None:
+        check("plan_partition", "weights", weights, F32, labels.dim())
+        if weights.shape != labels.shape:
+            raise refuse("plan_partition", "weights", f"{list(labels.shape)}", weights)
+        packed = torch.empty(count * choices, dtype=F32)
+    rows = torch.empty(count * choices, dtype=I32)
     offsets = torch.empty(segments + 1, dtype=I32)
-    inverse = torch.empty(count, 1, dtype=I32)
+    inverse = torch.empty(count, choices, dtype=I32)
     kept = cpu.plan_partition(
         labels.data_ptr(),
+        0 if weights is None else weights.data_ptr(),
         count,
+        choices,
         segments,
         rows.data_ptr(),
         offsets.data_ptr(),
+        0 if packed is None else packed.data_ptr(),
         inverse.data_ptr(),
     )
     if kept < 0:
-        row = -1 - kept
+        flat = -1 - kept
         raise InvalidInput(
-            f"plan_partition: label of row {row} must lie in [-1, {segments}), "
-            f"got {int(labels[row])}"
+            f"plan_partition: label of row {flat // choices} must lie in [-1, {segments}), "
+            f"got {int(labels.view(-1)[flat])}"
         )
-    return Plan(rows[:kept], offsets, None, inverse, count, kept)
+    if kept != count * choices:
+        rows.resize_(kept)
+        if packed is not None:
+            packed.resize_(kept)
+    return Plan(rows, offsets, packed, inverse, count, kept)
 
 
 def quantile(scores: Tensor, q: float) -> Tensor:
