@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from pyruntime.engine.encoder import load_encoder as load_encoder
     from pyruntime.engine.llm import LLM as LLM
     from pyruntime.engine.request import SamplingParams as SamplingParams
     from pyruntime.engine.runtime import Output as Output
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
     from pyruntime.engine.runtime import load as load
     from pyruntime.format.convert import convert as convert
     from pyruntime.gates.policy import ComputePolicy as ComputePolicy
+    from pyruntime.gates.policy import ExpertPolicy as ExpertPolicy
     from pyruntime.plan import Plan as Plan
 
 _HOMES = {
     "ComputePolicy": "pyruntime.gates.policy",
+    "ExpertPolicy": "pyruntime.gates.policy",
     "LLM": "pyruntime.engine.llm",
     "Output": "pyruntime.engine.runtime",
     "Plan": "pyruntime.plan",
@@ -29,6 +32,7 @@ _HOMES = {
     "SamplingParams": "pyruntime.engine.request",
     "convert": "pyruntime.format.convert",
     "load": "pyruntime.engine.runtime",
+    "load_encoder": "pyruntime.engine.encoder",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from pyruntime.layers.mlp import MLP
 from pyruntime.models.decoder import Decoder
 from pyruntime.plan import Plan
 
@@ -20,22 +21,20 @@ def measure_break_even(model: Decoder) -> float:
     """Kept share from which running every row is faster than packing the kept ones.
 
     Times one feed-forward branch on 128 rows at a few kept shares; 1.0 means that packing always
-    pays. The plan decides what a row gets either way, so timing noise can never change a result.
+    pays, and is assumed of a model that has expert layers only. The plan decides what a row gets
+    either way, so timing noise can never change a result.
     """
-    mlp = model.layers[0][1]
-    ops = model.ops
-    gate_up, down = mlp.gate_up, mlp.down
-    dtype = gate_up.weight.dtype
+    mlp = next((mlp for _, mlp in model.layers if isinstance(mlp, MLP)), None)
+    if mlp is None:
+        return 1.0
+    network, ops = mlp.network, model.ops
     random = torch.Generator().manual_seed(0)  # the caller's seed is not ours to advance
-    h = torch.randn(_ROWS, model.spec.hidden_size, generator=random).to(dtype)
+    h = torch.randn(_ROWS, model.spec.hidden_size, generator=random)
+    h = h.to(getattr(torch, model.spec.dtype))
 
     def branch(plan: Plan, run: Plan) -> None:
         packed = run.kept != _ROWS
-        inner = ops.segment_matmul(
-            h, gate_up.weight, run if packed else None, gather=packed, epilogue="silu_mul",
-            bias=gate_up.bias,
-        )  # fmt: skip
-        y = ops.segment_matmul(inner, down.weight, bias=down.bias)
+        y = network(ops, h, run if packed else None)
         if run is not plan:
             y = ops.gather(y, plan)
         ops.combine(y, plan, h)

@@ -39,7 +39,7 @@ class Runner:
         policies = [s.request.policy for s in slices]
         router = self._runtime.router(batch, policies)
         logits = self._runtime.model.forward(batch, self._kv, router)
-        if self._runtime.gates is None:
+        if self._runtime.gates is None and router.limits is None:  # nothing decides
             compute = [1.0] * batch.num_rows
         else:
             trace = self._runtime.trace(router, batch, policies)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pyruntime.engine.breakeven import measure_break_even
+from pyruntime.engine.decisions import Decisions
 from pyruntime.errors import InvalidInput, Unavailable
 from pyruntime.format.load import Container, read
 from pyruntime.gates.calibration import Calibration
 from pyruntime.gates.policy import ComputePolicy
-from pyruntime.gates.routing import Router, Rule, calibrated_rule, quantile_rule, replay_rule
+from pyruntime.gates.routing import Router
 from pyruntime.gates.trace import Trace
 from pyruntime.layers.batch import Batch
 from pyruntime.layers.kv import BLOCK, PagedKV
@@ -24,8 +25,6 @@ from pyruntime.models.decoder import Decoder
 
 if TYPE_CHECKING:
     from pyruntime.engine.tokenizer import Tokenizer
-
-_MOST_RULES = 64  # thresholds kept ready; a budget is any number, so there is no natural bound
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,9 +45,8 @@ class Runtime:
 
     Attributes:
         spec, gates: what it is.
-        calibration: its thresholds, or None.
         model: the decoder.
-        packed_below: kept share from which running every row was measured to be faster.
+        decisions: what policies mean for this model.
     """
 
     def __init__(self, container: Container, backend_name: str | None = None) -> None:
@@ -56,11 +54,16 @@ class Runtime:
         self.spec = container.spec
         self.gates = container.gates
         record = container.calibration
-        self.calibration = None if record is None else Calibration(record)
         self.model = Decoder(container.spec, container.gates, container.tensors, backend_name)
-        self.packed_below = measure_break_even(self.model) if self.gates else 1.0
+        packed_below = measure_break_even(self.model) if self.gates else 1.0
+        calibration = None if record is None else Calibration(record)
+        self.decisions = Decisions(self.spec, self.gates, calibration, self.model.ops, packed_below)
         self._tokenizer: Tokenizer | None = None
-        self._rules: dict[tuple[Calibration | None, ComputePolicy | None, float], Rule] = {}
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Thresholds of the folder, or None."""
+        return self.decisions.calibration
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -72,76 +75,17 @@ class Runtime:
         return self._tokenizer
 
     def resolve(self, policy: ComputePolicy | None) -> tuple[str, float]:
-        """Mode and budget of a policy, defaults filled in.
-
-        Raises:
-            InvalidInput: the model cannot honour it.
-        """
-        policy = policy or ComputePolicy()
-        # The published rules are not causal: a folder may record one, a request must name it.
-        mode = policy.mode or "calibrated"
-        budget = policy.budget
-        if budget is None:
-            budget = self._default_budget(mode)
-        if self.gates is None and budget < 1.0:
-            raise InvalidInput(f"budget {budget} needs a model with gates; this one has none")
-        if mode == "calibrated" and budget < 1.0 and self.calibration is None:
-            raise InvalidInput(
-                f"budget {budget} needs calibrated thresholds; run `pyruntime calibrate` first"
-            )
-        return mode, budget
+        """Mode and budget of a policy; see `pyruntime.engine.decisions.Decisions.resolve`."""
+        return self.decisions.resolve(policy)
 
     def router(
         self,
         batch: Batch,
         policies: Sequence[ComputePolicy | None],
-        replay: Tensor | None = None,
+        replay: Tensor | Trace | None = None,
     ) -> Router:
-        """The router of one step.
-
-        Args:
-            policies: one per sequence of the batch. Quantile modes rule over the whole call, so
-                they must then all be equal; calibrated policies may differ.
-            replay: bool [L, 2, N], decisions to repeat.
-
-        Raises:
-            InvalidInput: a policy the model cannot honour, or a mixture that has no meaning.
-        """
-        resolved = [self.resolve(policy) for policy in policies]
-        kv_modes = {self._copies(policy) for policy in policies}
-        if len(kv_modes) > 1:
-            raise InvalidInput("kv_mode must be the same for every sequence of a step")
-        router = Router(
-            self.model.ops,
-            batch.num_rows,
-            copy_kv=kv_modes.pop() if kv_modes else False,
-            packed_below=self.packed_below,
-        )
-        valid = self._valid(batch.tokens)
-        if replay is not None:
-            expected = [self.spec.num_layers, 2, batch.num_rows]
-            if list(replay.shape) != expected or replay.dtype != torch.bool:
-                raise InvalidInput(
-                    f"replay: expected bool {expected}, got {replay.dtype} {list(replay.shape)}"
-                )
-            router.rule = replay_rule(replay)
-        elif self.gates is not None and any(budget < 1.0 for _, budget in resolved):
-            modes = {mode for mode, _ in resolved}
-            if modes == {"calibrated"}:
-                router.rule = self._calibrated(batch, policies, resolved, valid)
-            elif len(set(policies)) == 1:
-                mode, budget = resolved[0]
-                policy = replace(policies[0] or ComputePolicy(), mode=mode)
-                fallback = self.calibration.tau(budget) if self.calibration else None
-                router.rule = quantile_rule(
-                    self.model.ops, policy, 1.0 - budget, valid, batch.seq_ids, fallback
-                )
-            else:
-                raise InvalidInput(
-                    f"the rules {sorted(modes)} decide over a whole call: all its sequences must "
-                    "have the same policy"
-                )
-        return router
+        """The router of one step; see `pyruntime.engine.decisions.Decisions.router`."""
+        return self.decisions.router(batch, policies, replay)
 
     def trace(
         self, router: Router, batch: Batch, policies: Sequence[ComputePolicy | None]
@@ -165,7 +109,7 @@ class Runtime:
         token_ids: Tensor | Sequence[Sequence[int]],
         policy: ComputePolicy | Sequence[ComputePolicy | None] | None = None,
         *,
-        replay: Tensor | None = None,
+        replay: Tensor | Trace | None = None,
         attention_mask: Tensor | None = None,
     ) -> Output:
         """Logits of every position of B sequences, prefilled in one pass.
@@ -173,7 +117,7 @@ class Runtime:
         Args:
             token_ids: int [T], int [B, T], or a list of B lists of different lengths.
             policy: one for all, or one per sequence.
-            replay: bool [L, 2, N] decisions of an earlier trace to repeat.
+            replay: an earlier trace whose decisions are repeated, or its `kept` alone.
             attention_mask: [B, T], 0 for padding, whose rows are left out (and get zero logits).
 
         Raises:
@@ -200,59 +144,6 @@ class Runtime:
         if len(set(lengths)) == 1:
             return Output(logits.view(len(lengths), lengths[0], -1), trace)
         return Output(list(logits.split(lengths)), trace)
-
-    def _default_budget(self, mode: str) -> float:
-        if mode != "calibrated":
-            return 1.0 - self.gates.skip_ratio if self.gates else 1.0
-        return self.calibration.default_budget if self.calibration else 1.0
-
-    def _copies(self, policy: ComputePolicy | None) -> bool:
-        wanted = policy.kv_mode if policy is not None else None
-        stored = self.gates.kv_mode if self.gates is not None else "dense"
-        return (wanted or stored) == "copy"
-
-    def _valid(self, tokens: Tensor) -> Tensor | None:
-        """bool [N], False for padding and end-of-sequence tokens, which never skip; None if all."""
-        special = {*self.spec.eos_token_ids, self.spec.pad_token_id} - {None}
-        if not special:
-            return None
-        valid = torch.ones_like(tokens, dtype=torch.bool)
-        for token in special:
-            valid &= tokens != token
-        return None if bool(valid.all()) else valid
-
-    def _calibrated(
-        self,
-        batch: Batch,
-        policies: Sequence[ComputePolicy | None],
-        resolved: Sequence[tuple[str, float]],
-        valid: Tensor | None,
-    ) -> Rule:
-        """The rule of fixed thresholds: [L, 2] for one policy, [L, 2, N] when rows differ."""
-        distinct = list(dict.fromkeys(zip(policies, resolved, strict=True)))
-        if len(distinct) == 1 and valid is None:
-            # The common step, above all when decoding: its thresholds are looked up, not made.
-            ((policy, (_, budget)),) = distinct
-            key = (self.calibration, policy, budget)
-            if key not in self._rules:
-                if len(self._rules) >= _MOST_RULES:
-                    self._rules.clear()
-                self._rules[key] = calibrated_rule(self._table(policy, budget))
-            return self._rules[key]
-        tables = torch.stack([self._table(policy, budget) for policy, (_, budget) in distinct], -1)
-        which = [distinct.index(pair) for pair in zip(policies, resolved, strict=True)]
-        tau = tables[..., torch.tensor(which)[batch.seq_ids.long()]]
-        return calibrated_rule(tau if valid is None else torch.where(valid, tau, -torch.inf))
-
-    def _table(self, policy: ComputePolicy | None, budget: float) -> Tensor:
-        if self.calibration is None:
-            return torch.full((self.spec.num_layers, 2), -torch.inf)
-        tau = self.calibration.tau(budget)
-        for layer in range(self.spec.num_layers):
-            for branch in (0, 1):
-                if policy is not None and not policy.may_skip(layer, branch):
-                    tau[layer, branch] = -torch.inf
-        return tau
 
     def _check_tokens(self, sequences: list[list[int]]) -> None:
         for sequence in sequences:

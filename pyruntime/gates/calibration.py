@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,40 +13,85 @@ from torch import Tensor
 from pyruntime.errors import InvalidInput
 
 
-class Calibration:
-    """Thresholds of every layer and branch over a grid of budgets (falling, 1.0 first).
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What the thresholds of one kind of record mean.
 
-    The grid's entry at budget 1.0 is the smallest calibration score, so that budgets between it and
-    the next entry interpolate; a budget of exactly 1.0 never skips, one of exactly 0.0 always does.
+    Attributes:
+        never: threshold that never cuts; null in the record.
+        always: threshold that cuts all that may be cut.
+        least: the smallest budget; None: the last one of the grid.
+    """
+
+    never: float
+    always: float
+    least: float | None
+
+
+# A row of a gate is skipped iff its score is <= tau; a token runs its best experts until their
+# share of the k experts' scores is >= mass.
+_KINDS: Mapping[str, _Kind] = MappingProxyType({
+    "gateskip": _Kind(never=-torch.inf, always=torch.inf, least=0.0),
+    "experts": _Kind(never=torch.inf, always=0.0, least=None),
+})  # fmt: skip
+
+
+class Calibration:
+    """Thresholds of every place that may be cut over a grid of budgets (falling, 1.0 first).
+
+    The places are layers and branches of residual gates (kind "gateskip"), or expert layers (kind
+    "experts"). The grid's entry at budget 1.0 is the threshold at which cutting begins, so that
+    budgets between it and the next entry interpolate; a budget of exactly 1.0 cuts nothing, and the
+    smallest there can be (`least`) cuts all.
     """
 
     def __init__(self, record: Mapping[str, Any]) -> None:
         self.record = dict(record)
+        kind = record["kind"]
+        if kind not in _KINDS:
+            raise InvalidInput(f"calibration: kind {kind!r} is not one of {', '.join(_KINDS)}")
+        self._kind = _KINDS[kind]
         self.budgets = [float(budget) for budget in record["budgets"]]
-        rows = [
-            [[-torch.inf if tau is None else tau for tau in layer] for layer in table]
-            for table in record["thresholds"]
-        ]
-        self.thresholds = torch.tensor(rows, dtype=torch.float32)  # [G, L, 2]
-        if len(self.budgets) != len(rows) or sorted(self.budgets, reverse=True) != self.budgets:
+        tables = record["thresholds"]
+        if len(self.budgets) != len(tables) or sorted(self.budgets, reverse=True) != self.budgets:
             raise InvalidInput("calibration: budgets must fall, with one threshold table each")
+        self.thresholds = torch.tensor(_filled(tables, self._kind.never), dtype=torch.float32)
 
     @property
     def default_budget(self) -> float:
         """Budget of a request that names none."""
         return float(self.record.get("default_budget", 1.0))
 
+    @property
+    def least(self) -> float:
+        """The smallest budget: no branch of a gated model, one of a token's k experts (1 / k)."""
+        return self.budgets[-1] if self._kind.least is None else self._kind.least
+
     def tau(self, budget: float) -> Tensor:
-        """Thresholds at a budget, float32 [L, 2]; a row is skipped iff its score is <= tau.
+        """Thresholds of residual gates, float32 [L, 2]; a row is skipped iff its score is <= tau.
 
         Raises:
             InvalidInput: the budget lies where the record holds nothing to interpolate.
         """
-        last = self.thresholds[-1]
+        return self._at(budget)
+
+    def mass(self, budget: float) -> Tensor:
+        """Thresholds of expert layers, float32 [M]; see `ExpertPolicy.mass`.
+
+        Raises:
+            InvalidInput: the budget lies where the record holds nothing to interpolate, or is less
+                than one expert per token.
+        """
+        return self._at(budget)
+
+    def _at(self, budget: float) -> Tensor:
+        never, last = self._kind.never, self.thresholds[-1]
         if budget >= 1.0:
-            return torch.full_like(last, -torch.inf)
-        if budget <= 0.0:
-            return torch.where(last == -torch.inf, last, torch.inf)
+            return torch.full_like(last, never)
+        if budget < self.least:
+            raise InvalidInput(f"budget {budget}: the smallest of this model is {self.least:g}")
+        if budget == self.least:
+            return torch.where(last == never, last, self._kind.always)
         if not self.budgets[-1] <= budget <= self.budgets[0]:
             raise InvalidInput(
                 f"budget {budget}: thresholds are stored from {self.budgets[0]} to "
@@ -54,13 +101,20 @@ class Calibration:
         below = min(above + 1, len(self.budgets) - 1)
         span = self.budgets[above] - self.budgets[below]
         part = (self.budgets[above] - budget) / span if span > 0 else 0.0
-        low, high = self.thresholds[above], self.thresholds[below]
+        start, end = self.thresholds[above], self.thresholds[below]
         if part == 0.0:
-            return low.clone()
-        if bool(((low == -torch.inf) & (high > -torch.inf)).any()):
+            return start.clone()
+        if bool(((start == never) & (end != never)).any()):
             raise InvalidInput(
                 f"budget {budget}: no thresholds are stored between {self.budgets[above]} and "
                 f"{self.budgets[below]}; run `pyruntime calibrate`"
             )
-        mixed = low + (high - low) * part
-        return torch.where(low == -torch.inf, low, mixed)  # a branch that never skips
+        mixed = start + (end - start) * part
+        return torch.where(start == never, start, mixed)  # a place that is never cut
+
+
+def _filled(table: Any, never: float) -> Any:
+    """Nested lists with a number for every null."""
+    if isinstance(table, list | tuple):
+        return [_filled(entry, never) for entry in table]
+    return never if table is None else table

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Any
 
 from pyruntime.errors import InvalidInput
@@ -15,15 +16,89 @@ BRANCHES = ("attn", "mlp")
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertPolicy:
+    """How many of the k experts a token has chosen it may use; the strictest limit holds.
+
+    Every limit looks at one token of one layer alone, so it is causal. Experts rank by the score
+    that makes their weight, the best first; the weights of those that are used are made anew, where
+    the model normalises weights at all.
+
+    Attributes:
+        slots: at most this many experts.
+        gap: stop at the first expert whose score exceeds the next one's by more than this: adaptive
+            gating (Li et al., EMNLP 2023) for any k. Equality keeps the next.
+        mass: the fewest experts that hold this share of the k experts' scores.
+
+    Raises:
+        InvalidInput: no limit at all, or one outside its range.
+    """
+
+    slots: int | None = None
+    gap: float | None = None
+    mass: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.slots is None and self.gap is None and self.mass is None:
+            raise InvalidInput("experts: expected at least one of slots, gap, mass")
+        slots = self.slots
+        if slots is not None and (type(slots) is not int or slots < 1):
+            raise InvalidInput(f"experts: slots must be an integer of 1 or more, got {slots!r}")
+        if self.gap is not None and not (_is_number(self.gap) and 0 <= self.gap <= 1):
+            raise InvalidInput(f"experts: gap must be a number in [0, 1], got {self.gap!r}")
+        if self.mass is not None and not (_is_number(self.mass) and 0 < self.mass <= 1):
+            raise InvalidInput(f"experts: mass must be a number in (0, 1], got {self.mass!r}")
+
+    @staticmethod
+    def of(value: object) -> ExpertPolicy:
+        """From its JSON form: a number of slots, or an object of limits.
+
+        Raises:
+            InvalidInput: anything else, named.
+        """
+        if isinstance(value, ExpertPolicy):
+            return value
+        if type(value) is int:
+            return ExpertPolicy(slots=value)
+        names = [field.name for field in fields(ExpertPolicy)]
+        if not isinstance(value, dict):
+            raise InvalidInput(
+                f"experts: expected an integer, or an object of {', '.join(names)}, got {value!r}"
+            )
+        for name in value:
+            if name not in names:
+                raise InvalidInput(f"experts: unknown limit {name!r}; known: {', '.join(names)}")
+        return ExpertPolicy(**value)
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={value:g}" for name, value in self.limits.items())
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Its JSON form: the limits that are set."""
+        named = {"slots": self.slots, "gap": self.gap, "mass": self.mass}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def limits_row(self, k: int) -> tuple[float, float, float]:
+        """A row of the planner's limits for k experts per token: slots, gap, mass; inf is none."""
+        return (
+            float(k if self.slots is None else self.slots),
+            math.inf if self.gap is None else self.gap,
+            math.inf if self.mass is None else self.mass,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class ComputePolicy:
     """A compute budget and the rule that spends it; None means what the model folder stores.
 
     Attributes:
-        budget: share of branch executions to keep, in [0, 1]; the skip ratio is 1 - budget.
+        budget: share to keep, in [0, 1]: of branch executions in a model with residual gates (the
+            skip ratio is 1 - budget), of the experts per token in one that has experts alone.
         mode: ``calibrated`` (fixed thresholds: causal, independent of batch mates), or a published
-            non-causal rule: ``batch_quantile``, ``seq_quantile`` or ``exact_k``.
+            non-causal rule of residual gates: ``batch_quantile``, ``seq_quantile`` or ``exact_k``.
         exit: early-exit setting; no family that is implemented has exits.
-        experts: expert-count setting; no family that is implemented has experts.
+        experts: limits on the experts of a token, or their number; see `expert_policy`. A policy
+            that sets them and no budget leaves the rest of the model whole.
         kv_mode: ``dense`` computes keys and values of skipped tokens, ``copy`` takes those of the
             layer below (an approximation: measure accuracy before using it).
         branches: the branches that may skip.
@@ -36,16 +111,14 @@ class ComputePolicy:
     budget: float | None = None
     mode: str | None = None
     exit: Any = None
-    experts: Any = None
+    experts: int | ExpertPolicy | None = None
     kv_mode: str | None = None
     branches: tuple[str, ...] = BRANCHES
     every_second_layer: bool = False
 
     def __post_init__(self) -> None:
         budget = self.budget
-        if budget is not None and (
-            isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 <= budget <= 1
-        ):
+        if budget is not None and not (_is_number(budget) and 0 <= budget <= 1):
             raise InvalidInput(f"budget must be a number in [0, 1], got {budget!r}")
         if self.mode is not None and self.mode not in MODES:
             raise InvalidInput(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
@@ -55,12 +128,22 @@ class ComputePolicy:
             )
         if not set(self.branches) <= set(BRANCHES):
             raise InvalidInput(f"branches must be among {BRANCHES}, got {self.branches}")
-        for name in ("exit", "experts"):
-            if getattr(self, name) is not None:
-                raise InvalidInput(f"{name} is set, but this model has none to choose from")
+        if self.exit is not None:
+            raise InvalidInput("exit is set, but this model has none to choose from")
+        if self.experts is not None:
+            object.__setattr__(self, "experts", ExpertPolicy.of(self.experts))
+
+    @property
+    def expert_policy(self) -> ExpertPolicy | None:
+        """`experts` as limits: a number k means ``slots=k``."""
+        return None if self.experts is None else ExpertPolicy.of(self.experts)
 
     def may_skip(self, layer: int, branch: int) -> bool:
         """Whether branch 0 (attention) or 1 (MLP) of a layer may skip at all."""
         if self.every_second_layer and layer % 2 == 0:
             return False
         return BRANCHES[branch] in self.branches
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyruntime.gates.budget import NEVER, batch_quantile, exact_k, seq_quantile
+from pyruntime.gates.experts import Gate
 from pyruntime.gates.policy import ComputePolicy
 from pyruntime.plan import Plan
 
@@ -31,6 +32,11 @@ class Router:
             the plan, and so the result, is the same either way.
         plans: what was decided, by (layer, branch) in order of execution; filled as the model runs.
         ran_dense: the (layer, branch) pairs that ran every row although some were skipped.
+        limits: of a layer, how many of its chosen experts each row may use: float32 [N, 3], see
+            `ops.plan_topk`. None leaves every choice to the gate.
+        repeated: choices to repeat in place of the gates' own, by layer: int32 and float32 [N, K].
+        expert_plans: by expert layer, the plan over the R rows that reached it, and those rows,
+            int64 [R], or None for all.
     """
 
     ops: ModuleType
@@ -40,6 +46,9 @@ class Router:
     packed_below: float = 1.0
     plans: dict[tuple[int, int], Plan] = field(default_factory=dict)
     ran_dense: set[tuple[int, int]] = field(default_factory=set)
+    limits: Callable[[int], Tensor] | None = None
+    repeated: Mapping[int, tuple[Tensor, Tensor]] | None = None
+    expert_plans: dict[int, tuple[Plan, Tensor | None]] = field(default_factory=dict)
     every_row: Plan = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,6 +79,36 @@ class Router:
             else:
                 plan = self.ops.plan_threshold(scores, decision, weighted)
         self.plans[layer, branch] = plan
+        return plan
+
+    def experts(
+        self, layer: int, gate: Gate, x: Tensor, run: Plan, tokens: Tensor, sequences: Tensor
+    ) -> Plan:
+        """Plan of an expert layer over its R rows.
+
+        Args:
+            x: [R, d], the rows that reach the layer.
+            run: which of the N source rows they are.
+            tokens, sequences: int64 and int32 [N], of the source rows.
+        """
+        everyone = x.shape[0] == self.num_rows
+        rows = None if everyone else run.rows.long()
+
+        def of(source: Tensor) -> Tensor:
+            return source if rows is None else source[rows]
+
+        if self.repeated is not None:
+            ids, weights = self.repeated[layer]
+            plan = self.ops.plan_partition(of(ids), gate.num_experts, of(weights))
+        else:
+            plan = gate.plan(
+                self.ops,
+                x,
+                tokens=of(tokens),
+                sequences=of(sequences),
+                limits=None if self.limits is None else of(self.limits(layer)),
+            )
+        self.expert_plans[layer] = plan, rows
         return plan
 
     def packs(self, layer: int, branch: int, plan: Plan) -> bool:

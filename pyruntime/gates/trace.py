@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+from pyruntime.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,6 +24,8 @@ class Trace:
         mode: the routing rule.
         kv_mode: "dense", or "copy" where skipped rows took keys and values of the layer below.
         budgets: float32 [N], the compute budget each row was given.
+        expert_plans: by expert layer, the plan over the rows that reached it, and those rows,
+            int64 [R], or None for all N.
     """
 
     kept: Tensor
@@ -29,6 +35,7 @@ class Trace:
     mode: str
     kv_mode: str
     budgets: Tensor
+    expert_plans: Mapping[int, tuple[Plan, Tensor | None]] = field(default_factory=dict)
 
     @property
     def macs_executed(self) -> int:
@@ -51,3 +58,33 @@ class Trace:
         Above 1 where gates cost more than they save.
         """
         return self.macs_per_row.float() / self.macs_dense_per_row.float()
+
+    @property
+    def experts(self) -> Tensor | None:
+        """int32 [M, N, K], experts of each row in each of the M expert layers, best first; -1 where
+        fewer ran. None without expert layers."""
+        return self._choices(Plan.choices, -1)
+
+    @property
+    def expert_weights(self) -> Tensor | None:
+        """float32 [M, N, K], combine weights of `experts`; 0 where none ran."""
+        return self._choices(Plan.slot_weights, 0.0)
+
+    @property
+    def experts_per_token(self) -> float | None:
+        """Mean number of routed experts a row ran in an expert layer; None without such layers."""
+        if not self.expert_plans:
+            return None
+        rows = len(self.expert_plans) * self.budgets.shape[0]
+        return sum(plan.kept for plan, _ in self.expert_plans.values()) / max(rows, 1)
+
+    def _choices(self, read: Callable[[Plan], Tensor], empty: float) -> Tensor | None:
+        layers = []
+        for plan, rows in self.expert_plans.values():
+            choices = read(plan)
+            if rows is not None:
+                full = choices.new_full((self.budgets.shape[0], choices.shape[1]), empty)
+                full[rows] = choices
+                choices = full
+            layers.append(choices)
+        return torch.stack(layers) if layers else None

@@ -20,7 +20,11 @@ class Attention:
         q: [heads * D, d].
         kv: [2 * kv_heads * D, d], keys then values.
         o: [d, heads * D].
-        q_norm, k_norm: float32 [D] per-head norms (Qwen3), or None.
+        q_norm, k_norm: norms of queries and keys, or None: float32 [D], of every head by itself
+            (Qwen3), or float32 [heads * D], of all heads together (OLMoE).
+        scale: of the scores.
+        sinks: float32 [heads], logits that only take weight away (gpt-oss), or None.
+        window: tokens a row sees, itself included; 0 for all.
     """
 
     residual: Residual
@@ -30,6 +34,9 @@ class Attention:
     head_dim: int
     q_norm: Tensor | None
     k_norm: Tensor | None
+    scale: float
+    sinks: Tensor | None = None
+    window: int = 0
 
     def __call__(self, h: Tensor, step: Step) -> None:
         """h [N, d] += attention(norm(h)) for the rows the router keeps (h and the cache change)."""
@@ -45,9 +52,11 @@ class Attention:
         q = ops.segment_matmul(
             entry.x, self.q.weight, run if packed else None, gather=packed, bias=self.q.bias
         )
-        ops.rotate(
-            q, step.cos_sin, batch.positions, rows, self.head_dim, self.q_norm, self.residual.eps
-        )
+        eps = self.residual.norm.eps
+        q_norm = self.q_norm
+        if q_norm is not None and q_norm.shape[0] != self.head_dim:
+            q, q_norm = ops.rms_norm(q, q_norm, eps)[0], None
+        ops.rotate(q, step.cos_sin, batch.positions, rows, self.head_dim, q_norm, eps)
         attended = ops.attention(
             q,
             rows,
@@ -57,7 +66,12 @@ class Attention:
             keys,
             values,
             self.head_dim,
-            self.head_dim**-0.5,
+            self.scale,
+            **(
+                {}
+                if self.sinks is None and not self.window
+                else {"sinks": self.sinks, "window": self.window}
+            ),  # TEMP
         )
         y = ops.segment_matmul(attended, self.o.weight, bias=self.o.bias)
         self.residual.leave(y, entry, h, step)
@@ -71,6 +85,12 @@ class Attention:
             step.kv.copy_from_below(layer, slots[skipped])
             x, positions, slots = x[~skipped], positions[~skipped], slots[~skipped]
         kv = step.ops.segment_matmul(x, self.kv.weight, bias=self.kv.bias)
+        eps = self.residual.norm.eps
+        k_norm = self.k_norm
+        if k_norm is not None and k_norm.shape[0] != self.head_dim:
+            width = k_norm.shape[0]
+            kv[:, :width] = step.ops.rms_norm(kv[:, :width].contiguous(), k_norm, eps)[0]
+            k_norm = None
         step.ops.append(
             kv,
             step.cos_sin,
@@ -79,6 +99,6 @@ class Attention:
             keys,
             values,
             self.head_dim,
-            self.k_norm,
-            self.residual.eps,
+            k_norm,
+            eps,
         )

@@ -6,16 +6,19 @@ is not touched: its residual is the same bits before and after.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pyruntime.gates.routing import Router
 from pyruntime.gates.token_gate import GateValue, TokenGate
 from pyruntime.layers.batch import Batch
 from pyruntime.layers.kv import PagedKV
+from pyruntime.layers.norm import Norm
 from pyruntime.ops.weight import Weight
 from pyruntime.plan import Plan
 
@@ -53,24 +56,24 @@ class Residual:
 
     Attributes:
         layer, branch: its place; branch 0 is attention, 1 the MLP.
-        norm: float32 [d].
         gate: None for a branch that has none.
+        scale: multiplies what the branch adds (Granite's residual multiplier).
     """
 
     layer: int
     branch: int
-    norm: Tensor
-    eps: float
+    norm: Norm
     gate: TokenGate | None
+    scale: float = 1.0
 
     def enter(self, h: Tensor, step: Step) -> Entry:
         """Norm, gate and plan of h [N, d]."""
         gate, router = self.gate, step.router
         if gate is None:
-            x, _ = step.ops.rms_norm(h, self.norm, self.eps)
+            x, _ = self.norm(step.ops, h)
             plan = router.plan(self.layer, self.branch, None, False)
             return Entry(x, None, plan, plan)
-        x, scores = step.ops.rms_norm(h, self.norm, self.eps, gate.probe, gate.probe_bias)
+        x, scores = self.norm(step.ops, h, gate.probe, gate.probe_bias)
         value = gate.evaluate(step.ops, x, scores)
         plan = router.plan(self.layer, self.branch, value.scores, gate.weighted)
         if gate.entry:
@@ -83,4 +86,13 @@ class Residual:
         if entry.run is not entry.plan:
             y = step.ops.gather(y, entry.plan)
         channels = None if entry.gate is None else entry.gate.channels
-        step.ops.combine(y, entry.plan, h, channels)
+        step.ops.combine(y, self.scaled(entry.plan), h, channels)
+
+    def scaled(self, plan: Plan) -> Plan:
+        """The plan with its combine weights times `scale`."""
+        if self.scale == 1.0:
+            return plan
+        weights = plan.weights
+        if weights is None:
+            weights = torch.ones(plan.rows.shape[0], device=plan.rows.device)
+        return dataclasses.replace(plan, weights=weights * self.scale)

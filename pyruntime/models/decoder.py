@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pyruntime.errors import FormatError
-from pyruntime.format.spec import DecoderSpec, GateSpec
+from pyruntime.format.spec import DecoderSpec, GateSpec, LatentSpec
+from pyruntime.gates.experts import gate_of
 from pyruntime.gates.routing import Router
 from pyruntime.gates.token_gate import TokenGate
 from pyruntime.layers.attention import Attention
 from pyruntime.layers.batch import Batch
 from pyruntime.layers.kv import PagedKV
-from pyruntime.layers.mlp import MLP
+from pyruntime.layers.latent import LatentAttention
+from pyruntime.layers.mlp import MLP, FeedForward
+from pyruntime.layers.moe import MoE
+from pyruntime.layers.norm import Norm
 from pyruntime.layers.residual import Linear, Residual, Step
 from pyruntime.layers.rope import cos_sin_table
 from pyruntime.models.cost import Cost
@@ -22,10 +27,11 @@ from pyruntime.ops.backend import backend
 from pyruntime.ops.weight import Weight
 
 Tensors = Mapping[str, Tensor | Weight]
+_LATENT_EPS = 1e-6  # of the norms inside latent attention, whatever config.json says of the others
 
 
 class Decoder:
-    """A pre-norm decoder with rotary positions, grouped queries and a gated feed-forward.
+    """A pre-norm decoder with rotary positions and gated feed-forward networks or experts.
 
     Args:
         spec: the architecture.
@@ -48,9 +54,9 @@ class Decoder:
         self._tensors = tensors
         self._embed = tensors["embed.weight"]
         self._head = self._weight("embed" if spec.tie_embeddings else "lm_head")
-        self._norm = self._vector("norm.weight")
+        self._norm = self._norm_of("norm")
         self._cos_sin = cos_sin_table(spec, min(spec.max_positions, 4096))
-        self._layers = [(self._attention(i), self._mlp(i)) for i in range(spec.num_layers)]
+        self._layers = [(self._attention(i), self._feed_forward(i)) for i in range(spec.num_layers)]
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: PagedKV, router: Router) -> Tensor:
@@ -65,18 +71,24 @@ class Decoder:
             mlp(h, step)
         if batch.logit_rows.shape[0] != batch.num_rows:
             h = h[batch.logit_rows]
-        x, _ = self.ops.rms_norm(h, self._norm, self.spec.norm_eps)
-        logits: Tensor = self.ops.segment_matmul(x, self._head.weight, out_dtype=torch.float32)
+        x, _ = self._norm(self.ops, h)
+        logits: Tensor = self.ops.segment_matmul(
+            x, self._head.weight, bias=self._head.bias, out_dtype=torch.float32
+        )
+        if self.spec.logits_scaling != 1.0:
+            logits /= self.spec.logits_scaling
         return logits
 
     @property
-    def layers(self) -> list[tuple[Attention, MLP]]:
+    def layers(self) -> list[tuple[Attention | LatentAttention, MLP | MoE]]:
         """The branches, in order of execution."""
         return self._layers
 
     def _lookup(self, tokens: Tensor) -> Tensor:
         table = self._embed
-        return table.take_rows(tokens) if isinstance(table, Weight) else table[tokens]
+        rows = table.take_rows(tokens) if isinstance(table, Weight) else table[tokens]
+        factor = self.spec.embedding_multiplier
+        return rows if factor == 1.0 else rows * factor
 
     def _positions_to(self, batch: Batch) -> Tensor:
         # Contexts of 128k tokens are announced more often than used: the table grows by doubling.
@@ -101,10 +113,19 @@ class Decoder:
         bias = f"{name}.bias"
         return Linear(weight, self._vector(bias) if bias in self._tensors else None)
 
+    def _optional(self, name: str) -> Tensor | None:
+        return self._vector(name) if name in self._tensors else None
+
+    def _norm_of(self, name: str, eps: float | None = None) -> Norm:
+        weight = self._vector(f"{name}.weight")
+        eps = self.spec.norm_eps if eps is None else eps
+        return Norm(weight, eps, self._optional(f"{name}.bias"))
+
     def _residual(self, layer: int, branch: int) -> Residual:
         name = ("attn", "mlp")[branch]
-        norm = self._vector(f"layers.{layer}.{name}.norm.weight")
-        return Residual(layer, branch, norm, self.spec.norm_eps, self._gate(layer, name))
+        norm = self._norm_of(f"layers.{layer}.{name}.norm")
+        gate = self._gate(layer, name)
+        return Residual(layer, branch, norm, gate, self.spec.residual_multiplier)
 
     def _gate(self, layer: int, name: str) -> TokenGate | None:
         gates = self.gates
@@ -130,26 +151,65 @@ class Decoder:
             entry=entry,
         )
 
-    def _attention(self, layer: int) -> Attention:
-        prefix = f"layers.{layer}.attn"
-        normed = self.spec.qk_norm
+    def _attention(self, layer: int) -> Attention | LatentAttention:
+        prefix, spec = f"layers.{layer}.attn", self.spec
+        if spec.latent is not None:
+            return self._latent_attention(layer, spec.latent)
+        scale = spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale
         return Attention(
             self._residual(layer, 0),
             self._weight(f"{prefix}.q"),
             self._weight(f"{prefix}.kv"),
             self._weight(f"{prefix}.o"),
-            self.spec.head_dim,
-            self._vector(f"{prefix}.q_norm.weight") if normed else None,
-            self._vector(f"{prefix}.k_norm.weight") if normed else None,
+            spec.head_dim,
+            self._optional(f"{prefix}.q_norm.weight"),
+            self._optional(f"{prefix}.k_norm.weight"),
+            scale,
+            self._optional(f"{prefix}.sinks"),
+            spec.window or 0 if layer in spec.window_layers else 0,
         )
 
-    def _mlp(self, layer: int) -> MLP:
-        prefix = f"layers.{layer}.mlp"
-        return MLP(
-            self._residual(layer, 1),
-            self._weight(f"{prefix}.gate_up"),
-            self._weight(f"{prefix}.down"),
+    def _latent_attention(self, layer: int, latent: LatentSpec) -> LatentAttention:
+        prefix, scale = f"layers.{layer}.attn", self.spec.attention_scale
+        low = latent.q_rank is not None
+        return LatentAttention(
+            self._residual(layer, 0),
+            latent,
+            self._weight(f"{prefix}.q_a") if low else None,
+            self._norm_of(f"{prefix}.q_a_norm", _LATENT_EPS) if low else None,
+            self._weight(f"{prefix}.q_nope"),
+            self._weight(f"{prefix}.q_rope"),
+            self._weight(f"{prefix}.kv_a"),
+            self._norm_of(f"{prefix}.kv_a_norm", _LATENT_EPS),
+            self._weight(f"{prefix}.k_b"),
+            self._weight(f"{prefix}.v_b"),
+            self._weight(f"{prefix}.o"),
+            (latent.nope_dim + latent.rope_dim) ** -0.5 if scale is None else scale,
         )
+
+    def _feed_forward(self, layer: int) -> MLP | MoE:
+        prefix, experts = f"layers.{layer}.mlp", self.spec.experts
+        residual = self._residual(layer, 1)
+        if experts is None or layer not in experts.layers:
+            return MLP(residual, self._network(prefix))
+        router = self._weight(f"{prefix}.router")
+        gate = gate_of(
+            experts, router.weight, router.bias, self._optional(f"{prefix}.router.selection_bias")
+        )
+        routed = self._network(f"{prefix}.experts")
+        routed = replace(
+            routed, epilogue=experts.activation, alpha=experts.alpha, limit=experts.limit
+        )
+        shared = self._network(f"{prefix}.shared") if experts.shared_size else None
+        shared_gate = None
+        if experts.shared_gate:
+            # In the model's dtype it multiplies like any matrix: the same bits in every batch.
+            probe = self._vector(f"{prefix}.shared.gate.weight")
+            shared_gate = Weight.pack(probe.to(getattr(torch, self.spec.dtype)))
+        return MoE(residual, gate, routed, shared, shared_gate)
+
+    def _network(self, prefix: str) -> FeedForward:
+        return FeedForward(self._weight(f"{prefix}.gate_up"), self._weight(f"{prefix}.down"))
 
 
 def _widened(weight: Weight) -> Weight:

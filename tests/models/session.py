@@ -57,7 +57,7 @@ def plain(folder: Path, **base: Any) -> Path:
 def opened(path: Path, backend_name: str | None = None) -> Runtime:
     """The runtime, without its timing-dependent choice between packed and dense execution."""
     runtime = load(path, backend_name=backend_name)
-    runtime.packed_below = 1.0
+    runtime.decisions.packed_below = 1.0
     return runtime
 
 

@@ -155,7 +155,7 @@ def test_g16_running_every_row_gives_the_same_bits(
     path, _ = gated(tmp_path, gating_mode=gating_mode, **gates)
     runtime = opened(path)
     packed = runtime.forward(TOKENS, skip(0.05))
-    runtime.packed_below = 0.0
+    runtime.decisions.packed_below = 0.0
     fallback = runtime.forward(TOKENS, skip(0.05))
     assert packed.trace.paths["packed"] == fallback.trace.paths["dense"] == 6
     assert torch.equal(packed.trace.kept, fallback.trace.kept)

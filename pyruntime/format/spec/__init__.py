@@ -7,22 +7,26 @@ loader.
 from __future__ import annotations
 
 from pyruntime.format.spec.decoder import DecoderSpec, LatentSpec
+from pyruntime.format.spec.encoder import EncoderSpec, encoder_tensors
 from pyruntime.format.spec.experts import ExpertSpec, RouterSpec
 from pyruntime.format.spec.gates import GateSpec
 from pyruntime.format.spec.record import from_dict, to_dict
 from pyruntime.format.spec.rope import ROPE_SCALING_KEYS, rope_scaling_problems
-from pyruntime.format.spec.tensors import PANEL, TensorSpec, decoder_tensors
+from pyruntime.format.spec.tensors import PANEL, STORED_DTYPES, TensorSpec, decoder_tensors
 
 __all__ = [
     "PANEL",
     "ROPE_SCALING_KEYS",
+    "STORED_DTYPES",
     "DecoderSpec",
+    "EncoderSpec",
     "ExpertSpec",
     "GateSpec",
     "LatentSpec",
     "RouterSpec",
     "TensorSpec",
     "decoder_tensors",
+    "encoder_tensors",
     "from_dict",
     "rope_scaling_problems",
     "to_dict",

@@ -101,6 +101,10 @@ class DecoderSpec:
             problems.append(f"norm_eps {self.norm_eps} or rope_theta {self.rope_theta} is negative")
         if self.rope_scaling is not None:
             problems += rope_scaling_problems(self.rope_scaling)
+            width = self.latent.rope_dim if self.latent else self.head_dim
+            factors = self.rope_scaling.get("factors")
+            if isinstance(factors, list) and len(factors) != width // 2:
+                problems.append(f"{len(factors)} rope factors, expected {width // 2}")
         if self.window is not None and self.window < 1:
             problems.append(f"window must be at least 1, is {self.window}")
         layers = (*self.window_layers, *(self.experts.layers if self.experts else ()))

@@ -16,6 +16,10 @@ Layout = Literal["plain", "panel", "gate_up"]
 Dtype = Literal["bfloat16", "float32", "int8"]
 PANEL = 32  # output columns per panel; a gate_up panel is half gate, half up
 DTYPE_BYTES: Mapping[str, int] = types.MappingProxyType({"bfloat16": 2, "float32": 4, "int8": 1})
+# What safetensors calls them.
+STORED_DTYPES: Mapping[str, str] = types.MappingProxyType(
+    {"bfloat16": "BF16", "float32": "F32", "int8": "I8"}
+)
 
 
 @dataclass(frozen=True, slots=True)
