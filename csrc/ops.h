@@ -6,7 +6,15 @@
 
 namespace pyrt {
 
-enum class Epilogue : int { kNone = 0, kGelu = 1, kSilu = 2, kSiluMul = 3 };
+// The last two are of a pair of matrices, gate and up, whose panels are interleaved.
+enum class Epilogue : int {
+  kNone = 0,
+  kGelu = 1,
+  kSilu = 2,
+  kRelu = 3,
+  kSiluMul = 4,
+  kSwigluOai = 5,
+};
 
 // ---- planners: float32 scores to a Plan; one pass, same bits as pyruntime/ops/reference.py ----
 
@@ -75,13 +83,16 @@ struct MatmulArgs {
   const void* x;         // [*, K]: packed rows, or source rows when plan.rows is given
   const void* weight;    // panel layout (pyruntime/ops/weight.py) of S matrices [N, K]
   const float* bias;     // [S, N] or null
-  void* out;             // [R, N], or [R, N/2] for kSiluMul
+  void* out;             // [R, N], or [R, N/2] for a pair
   PlanView plan;         // offsets null: one segment of `kept` rows
   int64_t in_features;   // K
   int64_t out_features;  // N
   DType dtype;           // of x and weight
   DType out_dtype;
-  Epilogue epilogue;  // kSiluMul needs interleaved panels
+  Epilogue epilogue;
+  float alpha, limit;  // of kSwigluOai
+
+  bool pair() const { return epilogue >= Epilogue::kSiluMul; }
 };
 
 struct NormArgs {
@@ -137,13 +148,15 @@ struct RotateArgs {
 struct AttentionArgs {
   const void* q;                // [R, heads * D]
   const int32_t* rows;          // [R] or null
-  const int32_t* positions;     // [N] the token sees cache entries 0 .. position
+  const int32_t* positions;     // [N] the token sees cache entries 0 .. position, see window
   const int32_t* sequences;     // [N] row of block_tables; rows of one sequence are contiguous
   const int32_t* block_tables;  // [B, max_blocks]
   const void* keys;
   const void* values;
-  void* out;  // [R, heads * D]
+  const float* sinks;  // [heads] or null: a logit that joins the denominator of the softmax only
+  void* out;           // [R, heads * D]
   int64_t kept, heads, kv_heads, head_dim, max_blocks;
+  int64_t window;  // a token sees the last `window` of its entries; 0: all of them
   float scale;
   DType dtype;
 };

@@ -82,22 +82,25 @@ PYBIND11_MODULE(_cpu, m) {
     kernels().combine(args);
   });
 
-  m.def("segment_matmul", [](Address x, Address weight, Address bias, Address out, Address rows,
-                             Address offsets, int64_t segments, int64_t kept, int64_t in_features,
-                             int64_t out_features, int dtype, int out_dtype, int epilogue) {
-    const MatmulArgs args{at<void>(x),
-                          at<void>(weight),
-                          at<float>(bias),
-                          at<void>(out),
-                          view(rows, offsets, 0, 0, kept, 1, segments, kept),
-                          in_features,
-                          out_features,
-                          DType(dtype),
-                          DType(out_dtype),
-                          Epilogue(epilogue)};
-    py::gil_scoped_release unlocked;
-    kernels().segment_matmul(args);
-  });
+  m.def("segment_matmul",
+        [](Address x, Address weight, Address bias, Address out, Address rows, Address offsets,
+           int64_t segments, int64_t kept, int64_t in_features, int64_t out_features, int dtype,
+           int out_dtype, int epilogue, float alpha, float limit) {
+          const MatmulArgs args{at<void>(x),
+                                at<void>(weight),
+                                at<float>(bias),
+                                at<void>(out),
+                                view(rows, offsets, 0, 0, kept, 1, segments, kept),
+                                in_features,
+                                out_features,
+                                DType(dtype),
+                                DType(out_dtype),
+                                Epilogue(epilogue),
+                                alpha,
+                                limit};
+          py::gil_scoped_release unlocked;
+          kernels().segment_matmul(args);
+        });
 
   m.def("rms_norm", [](Address x, Address weight, Address out, Address probe, float probe_bias,
                        Address probe_out, int64_t rows, int64_t width, float eps, int dtype) {
@@ -147,8 +150,9 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("attention",
         [](Address q, Address rows, Address positions, Address sequences, Address block_tables,
-           Address keys, Address values, Address out, int64_t kept, int64_t heads, int64_t kv_heads,
-           int64_t head_dim, int64_t max_blocks, float scale, int dtype) {
+           Address keys, Address values, Address sinks, Address out, int64_t kept, int64_t heads,
+           int64_t kv_heads, int64_t head_dim, int64_t max_blocks, int64_t window, float scale,
+           int dtype) {
           const AttentionArgs args{at<void>(q),
                                    at<int32_t>(rows),
                                    at<int32_t>(positions),
@@ -156,12 +160,14 @@ PYBIND11_MODULE(_cpu, m) {
                                    at<int32_t>(block_tables),
                                    at<void>(keys),
                                    at<void>(values),
+                                   at<float>(sinks),
                                    at<void>(out),
                                    kept,
                                    heads,
                                    kv_heads,
                                    head_dim,
                                    max_blocks,
+                                   window,
                                    scale,
                                    DType(dtype)};
           py::gil_scoped_release unlocked;

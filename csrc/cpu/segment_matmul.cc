@@ -79,14 +79,17 @@ class Work {
 template <class Out>
 inline void write_row(const MatmulArgs& args, Out* out, int64_t column, int64_t columns, f32x16 lo,
                       f32x16 hi) {
-  if (args.epilogue == Epilogue::kSiluMul) {
-    const f32x16 value = silu(lo) * hi;
+  if (args.pair()) {
+    const f32x16 value = args.epilogue == Epilogue::kSiluMul
+                             ? silu(lo) * hi
+                             : swiglu_oai(lo, hi, args.alpha, args.limit);
     const int64_t left = columns - column;
     left >= 16 ? store(out + column, value) : store_part(out + column, value, left);
     return;
   }
   if (args.epilogue == Epilogue::kGelu) lo = gelu(lo), hi = gelu(hi);
   if (args.epilogue == Epilogue::kSilu) lo = silu(lo), hi = silu(hi);
+  if (args.epilogue == Epilogue::kRelu) lo = relu(lo), hi = relu(hi);
   const int64_t left = columns - column;
   if (left >= 32) {
     store(out + column, lo);
@@ -101,7 +104,7 @@ inline void write_row(const MatmulArgs& args, Out* out, int64_t column, int64_t 
 inline void load_bias(const MatmulArgs& args, int64_t segment, int64_t panel, f32x16* lo,
                       f32x16* hi) {
   const float* bias = args.bias + segment * args.out_features;
-  if (args.epilogue == Epilogue::kSiluMul) {
+  if (args.pair()) {
     const int64_t half = args.out_features / 2;
     const int64_t left = std::min<int64_t>(half - panel * 16, 16);
     *lo = load_part(bias + panel * 16, left);
@@ -117,7 +120,7 @@ template <class T, class Out>
 void run_item(const MatmulArgs& args, const Item& item, const T* packed, int64_t panels) {
   const int64_t steps = (args.in_features + Step<T>::kDepth - 1) / Step<T>::kDepth;
   const int64_t words = steps * Step<T>::kDepth;  // K, completed
-  const bool pair = args.epilogue == Epilogue::kSiluMul;
+  const bool pair = args.pair();
   const int64_t columns = pair ? args.out_features / 2 : args.out_features;
   const T* weight = static_cast<const T*>(args.weight) + item.segment * panels * words * kColumns;
   for (int64_t p = item.panel; p < item.panel + item.panels; ++p) {

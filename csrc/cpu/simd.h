@@ -136,6 +136,16 @@ inline f32x16 exp(f32x16 x) {
 inline f32x16 sigmoid(f32x16 x) { return 1.0f / (1.0f + exp(-x)); }
 inline f32x16 silu(f32x16 x) { return x / (1.0f + exp(-x)); }
 
+inline f32x16 relu(f32x16 x) { return x < 0.0f ? splat(0.0f) : x; }
+
+// gpt-oss: the gate cut from above, its partner from both sides. Comparisons let a NaN through.
+inline f32x16 swiglu_oai(f32x16 gate, f32x16 up, float alpha, float limit) {
+  gate = gate > limit ? splat(limit) : gate;
+  up = up > limit ? splat(limit) : up;
+  up = up < -limit ? splat(-limit) : up;
+  return (up + 1.0f) * (gate / (1.0f + exp(gate * -alpha)));
+}
+
 // The error-function form of GELU, by Abramowitz and Stegun 7.1.26 (|error| < 1.5e-7).
 inline f32x16 gelu(f32x16 x) {
   const f32x16 magnitude = (x < 0.0f ? -x : x) * 0.70710678118654752f;

@@ -1,7 +1,7 @@
 // segment_matmul: out[r] = epilogue(x[source(r)] @ W[s]^T + bias[s]) for the rows r of segment s,
-// the grouped GEMM of a plan. W is dense [S, N, K]; for kSiluMul its rows are I = N/2 gate rows,
-// then I up rows, and out[r] is [I]. source(r) is rows[r], or r where rows is null. float32
-// accumulate, the epilogue applied before the one rounding to the output type.
+// the grouped GEMM of a plan. W is dense [S, N, K]; for a pair (kSiluMul, kSwigluOai) its rows are
+// I = N/2 gate rows, then I up rows, and out[r] is [I]. source(r) is rows[r], or r where rows is
+// null. float32 accumulate, the epilogue applied before the one rounding to the output type.
 //
 // Bytes moved: weights of the segments that have rows (once in _small) + R * K read + R * N
 // written. Limits: _small  HBM bandwidth (weight bytes); right up to any count, meant for <= 16
@@ -17,7 +17,7 @@
 
 namespace pyrt {
 
-enum Epilogue { kNone = 0, kGelu = 1, kSilu = 2, kSiluMul = 3 };
+enum Epilogue { kNone = 0, kGelu = 1, kSilu = 2, kRelu = 3, kSiluMul = 4, kSwigluOai = 5 };
 
 struct Matmul {
   const void* x;       // [*, K]
@@ -31,9 +31,10 @@ struct Matmul {
   int out_features;  // N
   int in_features;   // K
   int epilogue;
-  int out_float;  // out is float32, else bf16
+  int out_float;       // out is float32, else bf16
+  float alpha, limit;  // of kSwigluOai
 
-  __device__ bool pair() const { return epilogue == kSiluMul; }
+  __device__ bool pair() const { return epilogue >= kSiluMul; }
   __device__ int columns() const { return pair() ? out_features / 2 : out_features; }
   __device__ int begin(int segment) const { return offsets ? offsets[segment] : 0; }
   __device__ int end(int segment) const { return offsets ? offsets[segment + 1] : capacity; }
@@ -70,7 +71,9 @@ __device__ inline RowTile find_tile(const Matmul& m, int slot) {
 
 // ---- epilogue ----
 
-__device__ inline float silu(float value) { return value / (1.0f + expf(-value)); }
+__device__ inline float silu(float value, float slope) {
+  return value / (1.0f + expf(-slope * value));
+}
 
 __device__ inline float gelu(float value) {
   return 0.5f * value * (1.0f + erff(value * 0.70710678118654752f));
@@ -84,9 +87,16 @@ __device__ inline float finish(const Matmul& m, int segment, int column, float v
     if (m.pair()) up += bias[m.columns() + column];
   }
   if (m.epilogue == kGelu) return gelu(value);
-  if (m.epilogue == kSilu) return silu(value);
-  if (m.pair()) return silu(value) * up;
-  return value;
+  if (m.epilogue == kSilu) return silu(value, 1.0f);
+  if (m.epilogue == kRelu) return value < 0.0f ? 0.0f : value;
+  if (!m.pair()) return value;
+  float slope = 1.0f;
+  if (m.epilogue == kSwigluOai) {  // comparisons that let a NaN through
+    value = value > m.limit ? m.limit : value;
+    up = (up > m.limit ? m.limit : up < -m.limit ? -m.limit : up) + 1.0f;
+    slope = m.alpha;
+  }
+  return silu(value, slope) * up;
 }
 
 __device__ inline void put(const Matmul& m, int row, int column, float value) {

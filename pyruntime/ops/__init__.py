@@ -57,9 +57,9 @@ def quantile(scores: Tensor, q: float) -> Tensor:
     return cast(Tensor, backend(scores.device).quantile(scores, q))
 
 
-def gather(x: Tensor, plan: Plan) -> Tensor:
+def gather(x: Tensor, plan: Plan, out: Tensor | None = None) -> Tensor:
     """See `pyruntime.ops.reference.gather`."""
-    return cast(Tensor, backend(x.device).gather(x, plan))
+    return cast(Tensor, backend(x.device).gather(x, plan, out))
 
 
 def compact(x: Tensor, plan: Plan) -> Tensor:
@@ -83,12 +83,16 @@ def segment_matmul(
     epilogue: str = "none",
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See `pyruntime.ops.reference.segment_matmul`."""
     ops = backend(x.device)
     return cast(
         Tensor,
         ops.segment_matmul(
-            x, weight, plan, gather=gather, epilogue=epilogue, bias=bias, out_dtype=out_dtype
+            x, weight, plan, gather=gather, epilogue=epilogue, bias=bias, out_dtype=out_dtype,
+            alpha=alpha, limit=limit, out=out,
         ),
-    )
+    )  # fmt: skip

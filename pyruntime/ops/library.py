@@ -20,7 +20,7 @@ from torch.library import Library, infer_schema, register_fake
 from pyruntime import ops
 from pyruntime.errors import InvalidInput
 from pyruntime.ops.topk import GroupScore, Score, TopK
-from pyruntime.ops.weight import Weight
+from pyruntime.ops.weight import PAIRED, Weight
 from pyruntime.plan import Plan
 
 _LIBRARY = Library("pyruntime", "DEF")  # the registration lives as long as this object
@@ -170,15 +170,23 @@ def combine(
     return ops.combine(packed[: plan.rows.shape[0]].contiguous(), plan, out, factor)
 
 
-@_op(
-    lambda x, weight, n, k, offsets=None, rows=None, bias=None, epilogue="none", out_dtype=None: (
-        x.new_empty(
-            (x if rows is None else rows).shape[0],
-            n // 2 if epilogue == "silu_mul" else n,
-            dtype=out_dtype or x.dtype,
-        )
-    )
-)
+def _fake_product(
+    x: Tensor,
+    weight: Tensor,
+    out_features: int,
+    in_features: int,
+    offsets: Tensor | None = None,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    epilogue: str = "none",
+    out_dtype: torch.dtype | None = None,
+    *_: object,
+) -> Tensor:
+    width = out_features // 2 if epilogue in PAIRED else out_features
+    return x.new_empty((x if rows is None else rows).shape[0], width, dtype=out_dtype or x.dtype)
+
+
+@_op(_fake_product)
 def segment_matmul(
     x: Tensor,
     weight: Tensor,
@@ -189,15 +197,17 @@ def segment_matmul(
     bias: Tensor | None = None,
     epilogue: str = "none",
     out_dtype: torch.dtype | None = None,
+    alpha: float = 1.702,
+    limit: float = 7.0,
 ) -> Tensor:
     """Packed rows [capacity, K], or with ``rows`` those of x [N, K], times a `Weight`'s data.
 
-    Without offsets every row of x runs. ``silu_mul`` takes a `Weight.pack_gate_up`, as everywhere.
+    Without offsets every row of x runs. Epilogues of a pair take a `Weight.pack_gate_up`.
     """
     if offsets is None and rows is not None:
         raise InvalidInput("segment_matmul: rows need offsets")
     layout = "dense" if weight.dim() == 3 else "panel"
-    matrices = Weight(weight, out_features, in_features, layout, epilogue == "silu_mul")
+    matrices = Weight(weight, out_features, in_features, layout, epilogue in PAIRED)
     capacity, plan = (x if rows is None else rows).shape[0], None
     if offsets is not None:
         index = offsets.new_empty(capacity) if rows is None else rows
@@ -205,6 +215,6 @@ def segment_matmul(
         x = x[: plan.rows.shape[0]] if rows is None else x
     out = ops.segment_matmul(
         x.contiguous(), matrices, plan, gather=rows is not None, epilogue=epilogue, bias=bias,
-        out_dtype=out_dtype,
+        out_dtype=out_dtype, alpha=alpha, limit=limit,
     )  # fmt: skip
     return _pad(out, capacity)

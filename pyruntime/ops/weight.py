@@ -11,6 +11,7 @@ from pyruntime.errors import InvalidInput
 
 PANEL = 32  # output columns that one kernel pass produces: two 512-bit registers of float32
 HALF = PANEL // 2
+PAIRED = ("silu_mul", "swiglu_oai")  # epilogues that take an interleaved pair, and only one
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -52,7 +52,7 @@ class EmulatedKernels:
         name: str,
         grid: tuple[int, int],
         block: tuple[int, int],
-        *args: int,
+        *args: float,
         shared: int = 0,
     ) -> None:
         packed = struct.pack(KERNELS[name][1], *args)

@@ -13,6 +13,8 @@ from pyruntime.ops import reference
 from tests.ops.strategies import BF16, generator, normal
 
 # (query heads, kv heads): GQA 1, 4 and all, and a group wider than any register tile
+# sinks and window of an attention
+VARIANTS = [(False, 0), (True, 0), (False, 1), (True, 33), (False, 50), (True, 1000)]
 HEADS = [(4, 4), (8, 2), (6, 1), (26, 2), (13, 1)]
 
 
@@ -68,10 +70,18 @@ def filled(
     return Cache(keys, values, tables, head_dim)
 
 
-def attend(ops: Any, cache: Cache, lengths: list[int], q: Tensor, rows: Tensor | None) -> Tensor:
+def attend(
+    ops: Any,
+    cache: Cache,
+    lengths: list[int],
+    q: Tensor,
+    rows: Tensor | None,
+    sinks: Tensor | None = None,
+    window: int = 0,
+) -> Tensor:
     positions, sequences = rows_of(lengths)
     result: Tensor = ops.attention(
         q, rows, positions, sequences, cache.tables, cache.keys, cache.values,
-        cache.head_dim, cache.head_dim**-0.5,
+        cache.head_dim, cache.head_dim**-0.5, sinks, window,
     )  # fmt: skip
     return result

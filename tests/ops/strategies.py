@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pyruntime.ops import TopK, Weight, reference
+from pyruntime.ops.weight import PAIRED
 from pyruntime.plan import Plan
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -164,7 +165,7 @@ few = settings(max_examples=30)
 keeps = st.sampled_from([-1.0, 0.1, 0.5, 0.9, 2.0])  # none, few, half, most, all
 # The fixture `threads` is in conftest.py.
 several_threads = pytest.mark.parametrize("threads", [1, 3], indirect=True, ids=["1t", "3t"])
-EPILOGUES = ["none", "gelu", "silu", "silu_mul"]
+EPILOGUES = ["none", "gelu", "silu", "silu_mul", "relu", "swiglu_oai"]
 
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-7}  # one step of the result's own format
 SUM = 2e-6  # of the sum of magnitudes: float32 additions in another order
@@ -196,6 +197,6 @@ def weight_of(
     seed: int, segments: int, n: int, k: int, dtype: torch.dtype, epilogue: str
 ) -> Weight:
     dense = normal(seed, segments, n, k, dtype=dtype)
-    if epilogue == "silu_mul":
+    if epilogue in PAIRED:
         return Weight.pack_gate_up(dense, normal(seed + 1, segments, n, k, dtype=dtype))
     return Weight.pack(dense)

@@ -7,7 +7,7 @@ import torch
 
 from pyruntime.layers.kv import PagedKV
 from pyruntime.ops import native, reference
-from tests.ops.paged import HEADS, Spec, attend, filled, rows_of, table
+from tests.ops.paged import HEADS, VARIANTS, Spec, attend, filled, rows_of, table
 from tests.ops.strategies import (
     F32,
     assert_close,
@@ -15,10 +15,13 @@ from tests.ops.strategies import (
     both_dtypes,
     generator,
     normal,
+    several_threads,
 )
 
 pytestmark = pytest.mark.usefixtures("threads")
 HEAD_DIMS = [2, 8, 10, 32, 34, 64, 80]
+# bfloat16 weights of the values are rounded once more than the reference's.
+SLACK = {F32: 20.0, torch.bfloat16: 2.0**-8 / 2e-6 * 4}
 LENGTHS = [[1], [33], [5, 1, 64], [100, 31, 32, 200]]
 
 
@@ -78,6 +81,49 @@ def test_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype)
             q = normal(i, count, heads * head_dim, dtype=dtype)
             expected = attend(reference, cache, lengths, q, rows)
             actual = attend(native, cache, lengths, q, rows)
-            # bfloat16 weights of the values are rounded once more than the reference's.
-            slack = 20.0 if dtype == F32 else 2.0**-8 / 2e-6 * 4
-            assert_close(actual, expected, slack)
+            assert_close(actual, expected, SLACK[dtype])
+
+
+@both_dtypes
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize(("sunk", "window"), VARIANTS)
+def test_attention_with_sinks_and_a_window(
+    heads: int, kv_heads: int, sunk: bool, window: int, dtype: torch.dtype
+) -> None:
+    sinks = 3 * normal(7, heads) if sunk else None
+    for i, lengths in enumerate(LENGTHS):
+        cache = filled(lengths, kv_heads, 10, dtype)
+        rows = (torch.rand(sum(lengths), generator=generator(i)) < 0.7).nonzero()[:, 0].int()
+        q = normal(i, len(rows), heads * 10, dtype=dtype)
+        expected = attend(reference, cache, lengths, q, rows, sinks, window)
+        actual = attend(native, cache, lengths, q, rows, sinks, window)
+        assert_close(actual, expected, SLACK[dtype])
+
+
+@pytest.mark.parametrize("sink", [-torch.inf, 1e30])
+def test_a_sink_takes_its_share_and_no_value(sink: float) -> None:
+    cache = filled([40], 1, 8, F32)
+    q, sinks = normal(0, 40, 8), torch.tensor([sink])
+    actual = attend(native, cache, [40], q, None, sinks)
+    expected = attend(native, cache, [40], q, None) if sink < 0 else torch.zeros_like(q)
+    assert_same_bits(actual, expected)
+
+
+def test_a_window_of_one_returns_the_newest_value() -> None:
+    cache = filled([70], 2, 8, F32)
+    _, values = reference.read_cache(cache.keys, cache.values, cache.tables[0].long(), 8)
+    actual = attend(native, cache, [70], normal(0, 70, 16), None, None, 1)
+    assert_same_bits(actual, values[:70].flatten(1))
+
+
+@several_threads
+@both_dtypes
+@pytest.mark.parametrize(("heads", "head_dim"), [(16, 576), (128, 576), (50, 192)])
+def test_latent_attention(heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    """One KV head under all query heads, and a head as wide as DeepSeek's latent."""
+    lengths = [70, 5]
+    cache = filled(lengths, 1, head_dim, dtype)
+    for rows in (torch.tensor([69]).int(), torch.tensor([3, 40, 41, 71, 74]).int()):
+        q = normal(0, len(rows), heads * head_dim, dtype=dtype)
+        expected = attend(reference, cache, lengths, q, rows)
+        assert_close(attend(native, cache, lengths, q, rows), expected, SLACK[dtype])

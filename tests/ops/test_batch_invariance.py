@@ -9,7 +9,7 @@ from torch import Tensor
 from pyruntime.layers.kv import BLOCK
 from pyruntime.ops import Weight, native, reference
 from pyruntime.plan import Plan
-from tests.ops.paged import HEADS, attend, filled
+from tests.ops.paged import HEADS, VARIANTS, attend, filled
 from tests.ops.strategies import (
     EPILOGUES,
     F32,
@@ -86,23 +86,26 @@ def test_norm_and_gate_rows_do_not_depend_on_their_batch(dtype: torch.dtype) -> 
 
 @several_threads
 @both_dtypes
-@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize(("heads", "kv_heads"), [*HEADS, (70, 1)])
+@pytest.mark.parametrize(("sunk", "window"), VARIANTS)
 def test_attention_rows_do_not_depend_on_their_batch(
-    heads: int, kv_heads: int, dtype: torch.dtype
+    heads: int, kv_heads: int, sunk: bool, window: int, dtype: torch.dtype
 ) -> None:
     lengths, head_dim = [100, 31, 7, 200], 34
     cache = filled(lengths, kv_heads, head_dim, dtype)
     # What other owners left in the unused end of a block must not matter either.
     total = sum(lengths)
     q = normal(0, total, heads * head_dim, dtype=dtype)
-    together = attend(native, cache, lengths, q, None)
+    more = (3 * normal(5, heads) if sunk else None, window)
+    together = attend(native, cache, lengths, q, None, *more)
     for i in [0, 1, 31, 32, 33, 99, 100, 130, 131, 137, 138, 300, total - 1]:
-        alone = attend(native, cache, lengths, q[i : i + 1], torch.tensor([i], dtype=torch.int32))
+        one = torch.tensor([i], dtype=torch.int32)
+        alone = attend(native, cache, lengths, q[i : i + 1], one, *more)
         assert_same_bits(alone[0], together[i])
     for keep in (0.1, 0.5, 0.9):
         rows = (torch.rand(total, generator=generator(1)) < keep).nonzero()[:, 0].int()
         assert_same_bits(
-            attend(native, cache, lengths, q[rows.long()], rows), together[rows.long()]
+            attend(native, cache, lengths, q[rows.long()], rows, *more), together[rows.long()]
         )
 
 
@@ -124,6 +127,25 @@ def test_attention_ignores_entries_that_are_not_its_own(dtype: torch.dtype) -> N
     slots = (own * BLOCK + torch.arange(20)).int()
     native.append(new, identity, torch.arange(20).int(), slots, stale.keys, stale.values, 10)
     assert_same_bits(attend(native, stale, lengths, q[:20], rows), before)
+
+
+@several_threads
+@both_dtypes
+@pytest.mark.parametrize("window", [1, 31, 32, 33, 64])
+def test_attention_ignores_entries_before_its_window(window: int, dtype: torch.dtype) -> None:
+    """Blocks that no row's window reaches are never read, others weigh exactly nothing."""
+    lengths = [200]
+    cache, stale = (filled(lengths, 2, 34, dtype) for _ in range(2))
+    rows = torch.arange(150, 200).int()
+    q = normal(0, 50, 4 * 34, dtype=dtype)
+    before = attend(native, cache, lengths, q, rows, None, window)
+    oldest = 150 + 1 - window
+    gone = cache.tables[0, : oldest // BLOCK].long()
+    stale.keys[gone], stale.values[gone] = torch.nan, torch.nan
+    assert_same_bits(attend(native, stale, lengths, q, rows, None, window), before)
+    for i in (0, 20, 49):
+        alone = attend(native, cache, lengths, q[i : i + 1], rows[i : i + 1], None, window)
+        assert_same_bits(alone[0], before[i])
 
 
 @both_dtypes

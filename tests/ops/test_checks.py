@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from pyruntime.errors import InvalidInput
 from pyruntime.ops import TopK, Weight, native
@@ -16,6 +18,19 @@ X, PLAN = torch.zeros(4, 8), Plan.all(4)
 W = Weight.pack(torch.zeros(5, 8))
 PAIR = Weight.pack_gate_up(torch.zeros(5, 8), torch.zeros(5, 8))
 two = segments_plan([2, 2], 0)
+I4 = torch.arange(4).int()
+KEYS, VALUES = torch.zeros(1, 1, 32, 32), torch.zeros(1, 1, 1, 32, 32)
+
+
+def attend(**changed: Any) -> Tensor:
+    """A legal call with some arguments changed."""
+    arguments = {
+        "q": X, "rows": None, "positions": I4, "sequences": I4, "block_tables": I4[:, None],
+        "keys": KEYS, "values": VALUES, "head_dim": 4, "scale": 1.0,
+    }  # fmt: skip
+    return native.attention(**(arguments | changed))
+
+
 REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
     "scores dtype": (
         lambda: native.plan_threshold(X[0].double(), torch.tensor(0.0)),
@@ -80,11 +95,22 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
         "segment_matmul: .*got dense",
     ),
     "matmul epilogue": (
-        lambda: native.segment_matmul(X, W, epilogue="relu"),
-        "segment_matmul: epilogue must be one of .*got 'relu'",
+        lambda: native.segment_matmul(X, W, epilogue="tanh"),
+        "segment_matmul: epilogue must be one of .*got 'tanh'",
     ),
     "matmul pair": (
-        lambda: native.segment_matmul(X, PAIR), "silu_mul exactly for interleaved.*got 'none'"
+        lambda: native.segment_matmul(X, PAIR), "exactly for interleaved.*got 'none'"
+    ),
+    "matmul out": (
+        lambda: native.segment_matmul(X, W, out=torch.zeros(4, 6)),
+        r"segment_matmul: out must be .*\[4, 5\], got .*\[4, 6\]",
+    ),
+    "matmul out and out dtype": (
+        lambda: native.segment_matmul(X, W, out=X[:, :5].contiguous(), out_dtype=torch.bfloat16),
+        "segment_matmul: out must be .*bfloat16.*got contiguous torch.float32",
+    ),
+    "gather out": (
+        lambda: native.gather(X, PLAN, out=torch.zeros(8, 4).T), "gather: out must .*got strided"
     ),
     "matmul no pair": (
         lambda: native.segment_matmul(X, W, epilogue="silu_mul"), "interleaved=False"
@@ -111,6 +137,31 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: native.segment_matmul(X, W, out_dtype=torch.float16),
         "segment_matmul: out_dtype must be .*got torch.float16",
     ),
+    "rotate heads": (lambda: native.rotate(X, X, I4, None, 3), "rotate: 8 columns .*heads of 3"),
+    "rotate angles": (
+        lambda: native.rotate(X, X, I4, None, 4), r"rotate: cos_sin must be \[positions, 4\]"
+    ),
+    "rotate positions": (lambda: native.rotate(X, X, I4[:3], None, 8), r"positions must be \[4\]"),
+    "append cache": (
+        lambda: native.append(X, X[:, :4].clone(), I4, I4, KEYS, KEYS, 4),
+        "append: values must be .* rank 5",
+    ),
+    "append slots": (
+        lambda: native.append(X, X[:, :4].clone(), I4, I4.long(), KEYS, VALUES, 4),
+        "append: slots must be .*int32.*got contiguous torch.int64",
+    ),
+    "append heads": (
+        lambda: native.append(X, X[:, :2].clone(), I4, I4, KEYS, VALUES, 2), r"kv must be \[N, 4\]"
+    ),
+    "attention rows": (lambda: attend(rows=I4[:2].clone()), r"attention: rows must be \[4\]"),
+    "attention sequences": (lambda: attend(sequences=I4[:2].clone()), r"sequences must be \[4\]"),
+    "attention tables": (lambda: attend(block_tables=I4), "block_tables must be .* rank 2"),
+    "attention cache dtype": (
+        lambda: attend(keys=KEYS.bfloat16()), "attention: keys must be .*float32.*bfloat16"
+    ),
+    "attention cache": (lambda: attend(head_dim=64), "a cache of 1 blocks and 1 heads of 64 has"),
+    "attention sinks": (lambda: attend(sinks=torch.zeros(3)), r"sinks must be \[2\]"),
+    "attention window": (lambda: attend(window=-1), "window at least 0, got -1"),
     "norm weight": (
         lambda: native.rms_norm(X, torch.ones(7), 0.0),
         r"rms_norm: weight must be \[8\], got .*\[7\]",

@@ -20,6 +20,7 @@ from pyruntime.errors import InvalidInput
 from pyruntime.ops import Weight, cuda, reference
 from pyruntime.ops.cuda import matmul as cuda_matmul
 from pyruntime.ops.cuda import plan as cuda_plan
+from pyruntime.ops.weight import PAIRED
 from pyruntime.plan import Plan
 
 GPU = pytest.param(
@@ -249,7 +250,7 @@ def check_matmul(
     monkeypatch.setattr(cuda_matmul, "choose_kernel", lambda *args, **kwargs: form)
     dtype = torch.float32 if form == "simt_f32" else torch.bfloat16
     segments, (width, depth) = len(sizes), shape
-    pair = epilogue == "silu_mul"
+    pair = epilogue in PAIRED
     labels = torch.repeat_interleave(torch.arange(segments), torch.tensor(sizes)).int()
     labels = torch.cat(
         [labels, torch.full((5,), -1, dtype=torch.int32)]
@@ -300,7 +301,7 @@ TILES = [([70, 0, 1], (136, 72)), ([5, 130], (264, 200)), ([64, 128], (128, 64))
 
 @pytest.mark.parametrize("sizes, shape", SMALL)
 @pytest.mark.parametrize("form", ["small_16", "small_32", "simt_f32", "simt_bf16"])
-@pytest.mark.parametrize("epilogue", ["none", "gelu", "silu", "silu_mul"])
+@pytest.mark.parametrize("epilogue", ["none", "gelu", "silu", "silu_mul", "relu", "swiglu_oai"])
 def test_small_segments(
     device: str,
     form: str,
@@ -325,7 +326,7 @@ def test_small_segments(
 
 @pytest.mark.parametrize("sizes, shape", TILES)
 @pytest.mark.parametrize("form", ["tile_64", "tile_128"])
-@pytest.mark.parametrize("epilogue", ["none", "silu_mul"])
+@pytest.mark.parametrize("epilogue", ["none", "silu_mul", "swiglu_oai"])
 def test_tiles(
     device: str,
     form: str,

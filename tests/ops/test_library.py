@@ -77,6 +77,8 @@ def test_segment_matmul(shape: tuple[int, int, int, int], dtype: torch.dtype) ->
     pair = Weight.pack_gate_up(half, half)
     out = {"epilogue": "silu_mul", "out_dtype": torch.float32}
     check(lib.segment_matmul, x, pair.data, 10, width, **out)
+    out = {"epilogue": "swiglu_oai", "alpha": 1.5, "limit": 2.0}
+    check(lib.segment_matmul, x, pair.data, 10, width, **out)
 
 
 def test_padding_is_told_apart_and_not_computed() -> None:

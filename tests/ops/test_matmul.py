@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyruntime.ops import Weight, native, reference
+from pyruntime.ops.weight import PAIRED
 from pyruntime.plan import Plan
 from tests.ops.strategies import (
     BF16,
@@ -35,8 +37,9 @@ def magnitude(
     size = reference.segment_matmul(
         x.abs(), positive, plan, bias=None if bias is None else bias.abs(), out_dtype=F32
     ).double()
-    if epi == "silu_mul":  # an error of one factor is multiplied by the other
+    if epi in PAIRED:  # an error of one factor is multiplied by the other
         left, right = size.chunk(2, dim=1)
+        right = right + 1 if epi == "swiglu_oai" else right
         return 2 * left * right + left + right
     return size
 
@@ -64,6 +67,10 @@ def test_segment_matmul(n: int, k: int, epilogue: str, dtype: torch.dtype) -> No
             if len(sizes) == 1:
                 assert_same_bits(native.segment_matmul(packed, weight, **options), actual)
         assert native.segment_matmul(packed, weight, plan, epilogue=epilogue).dtype == dtype
+        for ops in (native, reference):
+            out = torch.full_like(actual, torch.nan)
+            assert ops.segment_matmul(packed, weight, plan, **options, out=out) is out
+            assert_close(out, expected, magnitude(packed, weight, plan, bias, epilogue))
 
 
 @several_threads
@@ -78,6 +85,20 @@ def test_segment_matmul_in_many_blocks(dtype: torch.dtype, epilogue: str) -> Non
     expected = reference.segment_matmul(x, weight, plan, **options)  # type: ignore[arg-type]
     actual = native.segment_matmul(x, weight, plan, **options)  # type: ignore[arg-type]
     assert_close(actual, expected, magnitude(x, weight, plan, None, epilogue))
+
+
+def test_swiglu_oai_cuts_gate_and_up() -> None:
+    """By hand: gate is cut from above only, up from both sides; a NaN stays one."""
+    gate = torch.tensor([[9.0], [-9.0], [0.5], [torch.nan], [1.0]])
+    up = torch.tensor([[-9.0], [9.0], [0.25], [1.0], [torch.nan]])
+    pair = Weight.pack_gate_up(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+    x = torch.cat([gate, up], 1)
+    for ops in (reference, native):
+        y = ops.segment_matmul(x, pair, epilogue="swiglu_oai", alpha=2.0, limit=3.0)[:, 0]
+        expected = [-2 * 3 / (1 + math.exp(-6)), 4 * -9 / (1 + math.exp(18)),
+                    1.25 * 0.5 / (1 + math.exp(-1))]  # fmt: skip
+        assert y[:3].tolist() == pytest.approx(expected, rel=1e-5)
+        assert bool(y[3:].isnan().all())
 
 
 @both_dtypes

@@ -34,6 +34,10 @@ pytestmark = pytest.mark.usefixtures("threads")
 def test_gather(seed: int, count: int, width: int, keep: float, dtype: torch.dtype) -> None:
     x, plan = (normal(seed, count, width) * 9).to(dtype), some_plan(seed, count, keep)
     packed = native.gather(x, plan)
+    for ops in (native, reference):
+        out = torch.full_like(packed, 7)
+        assert ops.gather(x, plan, out=out) is out
+        assert_same_bits(out, packed)
     assert_same_bits(packed, reference.gather(x, plan))
     assert_same_bits(packed, torch.stack([x[r] for r in plan.rows.tolist()] or [x[:0, :]]).view(
         plan.kept, width))  # fmt: skip

@@ -73,3 +73,14 @@ def block_shape(columns: int, threads: int) -> tuple[int, int]:
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
+
+
+def result(
+    op: str, x: Tensor, out: Tensor | None, dtype: torch.dtype, rows: int, width: int
+) -> Tensor:
+    """Memory [rows, width] for a result: the caller's, checked, or new."""
+    if out is None:
+        return torch.empty(rows, width, dtype=dtype, device=x.device)
+    check(op, "out", out, (dtype,), (rows, width))
+    check_device(op, x, out=out)
+    return out

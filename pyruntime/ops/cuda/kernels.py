@@ -45,7 +45,7 @@ KERNELS: Final = MappingProxyType(
             for width in (8, 1)
         },
         **{
-            f"segment_matmul_{form}": ("segment_matmul", "PPPPPPiiiiii")
+            f"segment_matmul_{form}": ("segment_matmul", "PPPPPPiiiiiiff")
             for form in ("small_16", "small_32", "tile_64", "tile_128", "simt_f32", "simt_bf16")
         },
         "plan_threshold_small": ("plan", _THRESHOLD + _PLAN_OUT + "i"),
@@ -88,7 +88,7 @@ class DeviceKernels:
         name: str,
         grid: tuple[int, int],
         block: tuple[int, int],
-        *args: int,
+        *args: float,
         shared: int = 0,
     ) -> None:
         """Enqueue kernel ``name`` on torch's current stream of this device.

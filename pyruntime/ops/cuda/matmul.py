@@ -16,12 +16,14 @@ from pyruntime.ops.cuda.check import (
     check,
     check_device,
     refuse,
+    result,
 )
 from pyruntime.ops.cuda.kernels import kernels_of
-from pyruntime.ops.weight import Weight
+from pyruntime.ops.reference.compute import activate
+from pyruntime.ops.weight import PAIRED, Weight
 from pyruntime.plan import Plan
 
-EPILOGUES = {"none": 0, "gelu": 1, "silu": 2, "silu_mul": 3}
+EPILOGUES = {"none": 0, "gelu": 1, "silu": 2, "relu": 3, "silu_mul": 4, "swiglu_oai": 5}
 SMALL_ROWS = 16  # one mma tile: each weight is read once
 TILE_64_ROWS = 64
 GROUPED_ROWS = 256  # the ridge of an H200: more rows a segment are bound by arithmetic
@@ -67,29 +69,33 @@ def segment_matmul(
     epilogue: str = "none",
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Grouped matmul [capacity, N]; see `pyruntime.ops.reference.segment_matmul`.
 
-    ``weight`` has layout "dense" [S, N, K]; for "silu_mul" gate rows, then up rows. What runs is
-    chosen by `choose_kernel`. torch's matmuls round to bfloat16 before the epilogue, our kernels
-    round once, after it.
+    ``weight`` has layout "dense" [S, N, K]; for an epilogue of a pair gate rows, then up rows.
+    What runs is chosen by `choose_kernel`. torch's matmuls round to bfloat16 before the epilogue,
+    our kernels round once, after it.
     """
     capacity = _check(x, weight, plan, gather, epilogue, bias)
-    to = out_dtype or x.dtype
+    to = out_dtype or (x.dtype if out is None else out.dtype)
     if to not in FLOATS:
         raise InvalidInput(f"segment_matmul: out_dtype must be one of {list(FLOATS)}, got {to}")
-    columns = weight.out_features // 2 if epilogue == "silu_mul" else weight.out_features
+    columns = weight.out_features // 2 if epilogue in PAIRED else weight.out_features
+    out = result("segment_matmul", x, out, to, capacity, columns)
     if capacity == 0 or columns == 0:
-        return torch.empty(capacity, columns, dtype=to, device=x.device)
+        return out
     form = choose_kernel(x, weight, capacity, planned=plan is not None)
-    if form == "linear":
-        return _finish(functional.linear(x, weight.data[0]), bias, None, epilogue, to)
-    if form == "grouped" and plan is not None:
-        packed = move.gather(x, plan) if gather else x
-        matrices = weight.data.transpose(1, 2)
-        product = functional.grouped_mm(packed, matrices, offs=plan.offsets[1:])
-        return _finish(product, bias, plan, epilogue, to)
-    out = torch.empty(capacity, columns, dtype=to, device=x.device)
+    if form == "linear" or (form == "grouped" and plan is not None):
+        if plan is None:
+            product = functional.linear(x, weight.data[0])
+        else:
+            packed = move.gather(x, plan) if gather else x
+            matrices = weight.data.transpose(1, 2)
+            product = functional.grouped_mm(packed, matrices, offs=plan.offsets[1:])
+        return out.copy_(activate(_biased(product, bias, plan), epilogue, alpha, limit))
     grid, shared = _launch_shape(form, weight, capacity, columns)
     kernels_of(x.device.index).launch(
         f"segment_matmul_{form}",
@@ -102,7 +108,7 @@ def segment_matmul(
         0 if plan is None else plan.offsets.data_ptr(),
         out.data_ptr(),
         *(capacity, weight.segments, weight.out_features, weight.in_features),
-        *(EPILOGUES[epilogue], int(to is torch.float32)),
+        *(EPILOGUES[epilogue], int(to is torch.float32), alpha, limit),
         shared=shared,
     )
     return out
@@ -122,10 +128,10 @@ def _check(
     if weight.layout != "dense":
         raise InvalidInput(f"{op}: CUDA weights must have layout dense, got {weight.layout}")
     check(op, "weight", weight.data, (x.dtype,), (segments, width, x.shape[1]))
-    if epilogue not in EPILOGUES or (epilogue == "silu_mul") != weight.interleaved:
+    if epilogue not in EPILOGUES or (epilogue in PAIRED) != weight.interleaved:
         raise InvalidInput(
-            f"{op}: epilogue must be one of {sorted(EPILOGUES)} and silu_mul exactly for pairs of "
-            f"gate and up, got {epilogue!r} with interleaved={weight.interleaved}"
+            f"{op}: epilogue must be one of {sorted(EPILOGUES)}, one of {PAIRED} exactly for pairs "
+            f"of gate and up, got {epilogue!r} with interleaved={weight.interleaved}"
         )
     if bias is not None:
         check(op, "bias", bias, (torch.float32,), (-1,) * bias.dim())
@@ -165,25 +171,14 @@ def _launch_shape(
     return grid, shared
 
 
-def _finish(
-    product: Tensor, bias: Tensor | None, plan: Plan | None, epilogue: str, to: torch.dtype
-) -> Tensor:
-    """Bias and epilogue of a product [rows, N] that torch made, in float32."""
-    if bias is None and epilogue == "none":
-        return product.to(to)
+def _biased(product: Tensor, bias: Tensor | None, plan: Plan | None) -> Tensor:
+    """A product [rows, N] that torch made, in float32, plus its segments' bias."""
     value = product.float()
-    if bias is not None:
-        bias = bias.view(-1, product.shape[1])
-        if plan is not None:
-            packed = torch.arange(len(product), device=product.device, dtype=torch.int32)
-            segment = torch.searchsorted(plan.offsets[1:], packed, right=True)
-            bias = bias[segment.clamp_(max=len(bias) - 1)]
-        value = value + bias
-    if epilogue == "silu_mul":
-        gate, up = value.chunk(2, dim=1)
-        value = functional.silu(gate) * up
-    elif epilogue == "gelu":
-        value = functional.gelu(value)
-    elif epilogue == "silu":
-        value = functional.silu(value)
-    return value.to(to)
+    if bias is None:
+        return value
+    bias = bias.view(-1, product.shape[1])
+    if plan is not None:
+        packed = torch.arange(len(product), device=product.device, dtype=torch.int32)
+        segment = torch.searchsorted(plan.offsets[1:], packed, right=True)
+        bias = bias[segment.clamp_(max=len(bias) - 1)]
+    return value + bias

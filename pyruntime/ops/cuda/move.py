@@ -17,6 +17,7 @@ from pyruntime.ops.cuda.check import (
     check,
     check_device,
     kept_address,
+    result,
 )
 from pyruntime.ops.cuda.kernels import kernels_of
 from pyruntime.plan import Plan
@@ -24,12 +25,12 @@ from pyruntime.plan import Plan
 STRIP = 4  # units (of at most 16 bytes) of a row that one block of compact owns: two sectors
 
 
-def gather(x: Tensor, plan: Plan) -> Tensor:
+def gather(x: Tensor, plan: Plan, out: Tensor | None = None) -> Tensor:
     """Source rows to packed rows [capacity, H]; see `pyruntime.ops.reference.gather`."""
     check("gather", "x", x, (x.dtype,), (plan.num_rows, -1))
     check_device("gather", x, plan=plan.rows)
     capacity, width = plan.rows.shape[0], x.shape[1]
-    out = torch.empty(capacity, width, dtype=x.dtype, device=x.device)
+    out = result("gather", x, out, x.dtype, capacity, width)
     row_bytes = width * x.itemsize
     if capacity and row_bytes:
         unit = alignment(row_bytes, x, out)

@@ -1,11 +1,60 @@
-"""Rotary embedding, the paged cache, and attention over it."""
+"""Rotary embedding, the paged cache, and attention over it.
+
+Shapes and types are checked; the indices (rows, positions, slots, sequences, block_tables) come
+from the engine's own bookkeeping and are trusted: reading them all would cost more than the op.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pyruntime.ops.native.binding import check_float, cpu
+from pyruntime.errors import InvalidInput
+from pyruntime.ops.native.binding import F32, I32, check, check_float, cpu, refuse
+
+_CACHE_RANK = {torch.bfloat16: (5, 6), torch.float32: (4, 5)}  # of keys and of values
+_BLOCK = 32  # kBlock and kHeadPad of csrc/ops.h
+
+
+def _check_heads(op: str, width: int, cos_sin: Tensor, norm: Tensor | None, head_dim: int) -> None:
+    if head_dim < 1 or width % head_dim:
+        raise InvalidInput(f"{op}: {width} columns are not heads of {head_dim}")
+    check(op, "cos_sin", cos_sin, F32, 2)
+    if cos_sin.shape[1] != head_dim:
+        raise refuse(op, "cos_sin", f"[positions, {head_dim}]", cos_sin)
+    if norm is not None:
+        check(op, "norm", norm, F32, 1)
+        if norm.shape[0] != head_dim:
+            raise refuse(op, "norm", f"[{head_dim}]", norm)
+
+
+def _check_rows(op: str, rows: Tensor | None, positions: Tensor, count: int) -> int:
+    """Address of rows, one for each of ``count``; without rows there must be as many positions."""
+    check(op, "positions", positions, I32, 1)
+    if rows is None:
+        if positions.shape[0] != count:
+            raise refuse(op, "positions", f"[{count}]", positions)
+        return 0
+    check(op, "rows", rows, I32, 1)
+    if rows.shape[0] != count:
+        raise refuse(op, "rows", f"[{count}]", rows)
+    return rows.data_ptr()
+
+
+def _check_cache(op: str, keys: Tensor, values: Tensor, dtype: torch.dtype, head_dim: int) -> int:
+    """Heads of a layer of `pyruntime.layers.kv.PagedKV` that holds heads of ``head_dim``."""
+    ranks = _CACHE_RANK[dtype]
+    check(op, "keys", keys, dtype, ranks[0])
+    check(op, "values", values, dtype, ranks[1])
+    blocks, heads = keys.shape[:2]
+    padded = -(-head_dim // _BLOCK) * _BLOCK
+    size = blocks * heads * padded * _BLOCK
+    if keys.numel() != size or values.numel() != size or values.shape[1] != heads:
+        raise InvalidInput(
+            f"{op}: a cache of {blocks} blocks and {heads} heads of {head_dim} has {size} keys and "
+            f"as many values, got {list(keys.shape)} and {list(values.shape)}"
+        )
+    return heads
 
 
 def rotate(
@@ -19,14 +68,17 @@ def rotate(
 ) -> Tensor:
     """Rotary embedding of queries in place; see `pyruntime.ops.reference.rotate`."""
     code = check_float("rotate", "q", q, 2)
+    count, width = q.shape
+    _check_heads("rotate", width, cos_sin, norm, head_dim)
+    chosen = _check_rows("rotate", rows, positions, count)
     cpu.rotate(
         q.data_ptr(),
         cos_sin.data_ptr(),
         0 if norm is None else norm.data_ptr(),
         positions.data_ptr(),
-        0 if rows is None else rows.data_ptr(),
-        q.shape[0],
-        q.shape[1] // head_dim,
+        chosen,
+        count,
+        width // head_dim,
         head_dim,
         eps,
         code,
@@ -47,6 +99,15 @@ def append(
 ) -> None:
     """New keys and values into the cache; see `pyruntime.ops.reference.append`."""
     code = check_float("append", "kv", kv, 2)
+    count, width = kv.shape
+    _check_heads("append", width, cos_sin, key_norm, head_dim)
+    _check_rows("append", None, positions, count)
+    check("append", "slots", slots, I32, 1)
+    if slots.shape[0] != count:
+        raise refuse("append", "slots", f"[{count}]", slots)
+    heads = _check_cache("append", keys, values, kv.dtype, head_dim)
+    if width != 2 * heads * head_dim:
+        raise refuse("append", "kv", f"[N, {2 * heads * head_dim}]", kv)
     cpu.append(
         kv.data_ptr(),
         cos_sin.data_ptr(),
@@ -55,8 +116,8 @@ def append(
         slots.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
-        kv.shape[0],
-        kv.shape[1] // (2 * head_dim),
+        count,
+        heads,
         head_dim,
         eps,
         code,
@@ -73,24 +134,45 @@ def attention(
     values: Tensor,
     head_dim: int,
     scale: float,
+    sinks: Tensor | None = None,
+    window: int = 0,
 ) -> Tensor:
     """Causal attention over the paged cache; see `pyruntime.ops.reference.attention`."""
     code = check_float("attention", "q", q, 2)
+    count, width = q.shape
+    chosen = _check_rows("attention", rows, positions, count)
+    check("attention", "sequences", sequences, I32, 1)
+    check("attention", "block_tables", block_tables, I32, 2)
+    kv_heads = _check_cache("attention", keys, values, q.dtype, head_dim)
+    heads = width // head_dim
+    if heads * head_dim != width or heads % kv_heads or window < 0:
+        raise InvalidInput(
+            f"attention: {width} columns must be a multiple of {kv_heads} KV heads of {head_dim}, "
+            f"and window at least 0, got {window}"
+        )
+    if sequences.shape[0] != positions.shape[0]:
+        raise refuse("attention", "sequences", f"[{positions.shape[0]}]", sequences)
+    if sinks is not None:
+        check("attention", "sinks", sinks, F32, 1)
+        if sinks.shape[0] != heads:
+            raise refuse("attention", "sinks", f"[{heads}]", sinks)
     out = torch.empty_like(q)
     cpu.attention(
         q.data_ptr(),
-        0 if rows is None else rows.data_ptr(),
+        chosen,
         positions.data_ptr(),
         sequences.data_ptr(),
         block_tables.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
+        0 if sinks is None else sinks.data_ptr(),
         out.data_ptr(),
-        q.shape[0],
-        q.shape[1] // head_dim,
-        keys.shape[1],
+        count,
+        heads,
+        kv_heads,
         head_dim,
         block_tables.shape[1],
+        window,
         scale,
         code,
     )

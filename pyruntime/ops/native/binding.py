@@ -49,3 +49,16 @@ def check_float(op: str, name: str, tensor: Tensor, dims: int) -> int:
         expected = f"a contiguous CPU float32 or bfloat16 tensor of rank {dims}"
         raise refuse(op, name, expected, tensor)
     return code
+
+
+def check_out(op: str, out: Tensor, dtype: torch.dtype, rows: int, width: int) -> None:
+    """Refuse memory for a result that the kernel could not fill exactly."""
+    if (
+        out.dtype is not dtype
+        or out.dim() != 2
+        or out.shape[0] != rows
+        or out.shape[1] != width
+        or not out.is_contiguous()
+        or not out.is_cpu
+    ):
+        raise refuse(op, "out", f"a contiguous CPU {dtype} tensor [{rows}, {width}]", out)

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from pyruntime.errors import InvalidInput
-from pyruntime.ops.native.binding import CODES, F32, check, check_float, cpu, refuse
-from pyruntime.ops.weight import Weight
+from pyruntime.ops.native.binding import CODES, F32, check, check_float, check_out, cpu, refuse
+from pyruntime.ops.weight import PAIRED, Weight
 from pyruntime.plan import Plan
 
-_EPILOGUES = {"none": 0, "gelu": 1, "silu": 2, "silu_mul": 3}  # Epilogue of csrc/ops.h
+# Epilogue of csrc/ops.h
+_EPILOGUES = {"none": 0, "gelu": 1, "silu": 2, "relu": 3, "silu_mul": 4, "swiglu_oai": 5}
 
 
 def segment_matmul(
@@ -22,6 +23,9 @@ def segment_matmul(
     epilogue: str = "none",
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Grouped matmul; see `pyruntime.ops.reference.segment_matmul`."""
     code = check_float("segment_matmul", "x", x, 2)
@@ -37,10 +41,12 @@ def segment_matmul(
             f"with K={x.shape[1]}, got {weight.layout} {data.dtype} K={weight.in_features}"
         )
     mode = _EPILOGUES.get(epilogue)
-    if mode is None or (mode == 3) != weight.interleaved:
+    paired = epilogue in PAIRED
+    if mode is None or paired != weight.interleaved:
         raise InvalidInput(
-            f"segment_matmul: epilogue must be one of {sorted(_EPILOGUES)}, silu_mul exactly for "
-            f"interleaved weights, got {epilogue!r} with interleaved={weight.interleaved}"
+            f"segment_matmul: epilogue must be one of {sorted(_EPILOGUES)}, one of {PAIRED} "
+            f"exactly for interleaved weights, got {epilogue!r} with "
+            f"interleaved={weight.interleaved}"
         )
     rows = offsets = 0
     kept = x.shape[0]
@@ -60,11 +66,14 @@ def segment_matmul(
             rows = plan.rows.data_ptr()
     elif weight.segments != 1:
         raise InvalidInput(f"segment_matmul: {weight.segments} matrices need a plan")
-    width = weight.out_features // 2 if mode == 3 else weight.out_features
-    to = x.dtype if out_dtype is None else out_dtype
+    width = weight.out_features // 2 if paired else weight.out_features
+    to = out_dtype or (x.dtype if out is None else out.dtype)
     if to not in CODES:
         raise InvalidInput(f"segment_matmul: out_dtype must be float32 or bfloat16, got {to}")
-    out = torch.empty(kept, width, dtype=to)
+    if out is None:
+        out = torch.empty(kept, width, dtype=to)
+    else:
+        check_out("segment_matmul", out, to, kept, width)
     bias_address = 0
     if bias is not None:
         check("segment_matmul", "bias", bias, F32, bias.dim())
@@ -88,6 +97,8 @@ def segment_matmul(
             code,
             CODES[to],
             mode,
+            alpha,
+            limit,
         )
     return out
 

@@ -6,17 +6,20 @@ import torch
 from torch import Tensor
 
 from pyruntime.errors import InvalidInput
-from pyruntime.ops.native.binding import F32, check, check_float, cpu, refuse
+from pyruntime.ops.native.binding import F32, check, check_float, check_out, cpu, refuse
 from pyruntime.plan import Plan
 
 
-def gather(x: Tensor, plan: Plan) -> Tensor:
+def gather(x: Tensor, plan: Plan, out: Tensor | None = None) -> Tensor:
     """Source rows to packed rows; see `pyruntime.ops.reference.gather`."""
     if x.dim() != 2 or not x.is_contiguous() or not x.is_cpu or x.shape[0] != plan.num_rows:
         raise refuse("gather", "x", f"a contiguous CPU tensor [{plan.num_rows}, H]", x)
     width = x.shape[1]
     kept = plan.rows.shape[0]
-    out = torch.empty(kept, width, dtype=x.dtype)
+    if out is None:
+        out = torch.empty(kept, width, dtype=x.dtype)
+    else:
+        check_out("gather", out, x.dtype, kept, width)
     cpu.gather(x.data_ptr(), plan.rows.data_ptr(), kept, width * x.itemsize, out.data_ptr())
     return out
 

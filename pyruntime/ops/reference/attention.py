@@ -96,15 +96,22 @@ def attention(
     values: Tensor,
     head_dim: int,
     scale: float,
+    sinks: Tensor | None = None,
+    window: int = 0,
 ) -> Tensor:
     """Causal attention of ragged query rows over the paged cache, [R, heads * D].
 
-    A row sees the cache entries 0 .. its position of its sequence.
+    A row sees the cache entries 0 .. its position of its sequence, with a window the last
+    ``window`` of them.
 
     Args:
         q: [R, heads * D]; row r belongs to source row ``rows[r]`` (None: the identity).
         positions, sequences: int32 [N]; rows of one sequence are contiguous, positions ascending.
         block_tables: int32 [B, max_blocks].
+        keys, values: one layer of `pyruntime.layers.kv.PagedKV`.
+        sinks: float32 [heads], a logit of every head that joins the denominator of the softmax and
+            has no value (gpt-oss).
+        window: 0 for none.
     """
     source = torch.arange(q.shape[0]) if rows is None else rows.long()
     out = torch.empty_like(q)
@@ -117,7 +124,13 @@ def attention(
         group = query.shape[1] // key.shape[1]
         key, value = (t.float().repeat_interleave(group, dim=1) for t in (key, value))
         scores = torch.einsum("rhd,thd->hrt", query, key) * scale
-        future = torch.arange(key.shape[0]) > at[:, None]
-        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+        entry = torch.arange(key.shape[0])
+        hidden = entry > at[:, None]
+        if window:
+            hidden |= entry <= at[:, None] - window
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(mine), 1)], -1)
+        weights = scores.softmax(-1)[..., : len(entry)]
         out[mine] = torch.einsum("hrt,thd->rhd", weights, value).flatten(1).to(q.dtype)
     return out

@@ -5,12 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyruntime.errors import InvalidInput
 from pyruntime.plan import Plan
 
 
-def gather(x: Tensor, plan: Plan) -> Tensor:
-    """x [N, H] of any dtype to packed rows [R, H]."""
-    return x[plan.rows.long()]
+def gather(x: Tensor, plan: Plan, out: Tensor | None = None) -> Tensor:
+    """x [N, H] of any dtype to packed rows [R, H].
+
+    Args:
+        out: memory for the result (mutated and returned), contiguous and apart from x.
+
+    Raises:
+        InvalidInput: out of another shape or dtype.
+    """
+    packed = x[plan.rows.long()]
+    return packed if out is None else fill("gather", out, packed, x.dtype)
+
+
+def fill(op: str, out: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """out = value, where out is what the caller of ``op`` gave to write into.
+
+    Raises:
+        InvalidInput: out is strided, or not of value's shape and ``dtype``.
+    """
+    if out.shape != value.shape or out.dtype != dtype or not out.is_contiguous():
+        raise InvalidInput(
+            f"{op}: out must be contiguous {dtype} {list(value.shape)}, got "
+            f"{'contiguous' if out.is_contiguous() else 'strided'} {out.dtype} {list(out.shape)}"
+        )
+    return out.copy_(value)
 
 
 def compact(x: Tensor, plan: Plan) -> Tensor:
