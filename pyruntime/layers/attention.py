@@ -67,11 +67,8 @@ class Attention:
             values,
             self.head_dim,
             self.scale,
-            **(
-                {}
-                if self.sinks is None and not self.window
-                else {"sinks": self.sinks, "window": self.window}
-            ),  # TEMP
+            self.sinks,
+            self.window,
         )
         y = ops.segment_matmul(attended, self.o.weight, bias=self.o.bias)
         self.residual.leave(y, entry, h, step)

@@ -43,9 +43,8 @@ class FeedForward:
             gather=gather and plan is not None,
             epilogue=self.epilogue,
             bias=self.up.bias,
-            **(
-                {} if self.epilogue != "swiglu_oai" else {"alpha": self.alpha, "limit": self.limit}
-            ),  # TEMP
+            alpha=self.alpha,
+            limit=self.limit,
         )
         y: Tensor = ops.segment_matmul(inner, self.down.weight, plan, bias=self.down.bias)
         return y
