@@ -26,7 +26,7 @@ ALLOWED = {
     "errors": set[str](),
     "plan": {"errors"},
     "ops": BASE,
-    "gates": BASE | {"ops"},
+    "gates": BASE | {"ops", "format.spec"},
     "layers": BASE | {"ops", "gates", "format.spec"},
     "models": BASE | {"ops", "gates", "layers", "format.spec"},
     "format.spec": {"errors"},

@@ -99,7 +99,7 @@ class Router:
 
         if self.repeated is not None:
             ids, weights = self.repeated[layer]
-            plan = self.ops.plan_partition(of(ids), gate.num_experts, of(weights))
+            plan: Plan = self.ops.plan_partition(of(ids), gate.num_experts, of(weights))
         else:
             plan = gate.plan(
                 self.ops,

@@ -98,11 +98,13 @@ class Encoder:
         parts = [tensor.reshape(shape).split(list(lengths)) for tensor in (q, k, v)]
         out = [
             F.scaled_dot_product_attention(
-                *(part.transpose(0, 1)[None] for part in triple),
-                attn_mask=biases[triple[0].shape[0]],
+                query.transpose(0, 1)[None],
+                key.transpose(0, 1)[None],
+                value.transpose(0, 1)[None],
+                attn_mask=biases[query.shape[0]],
                 scale=1.0,  # T5 trains without one
             )[0].transpose(0, 1)
-            for triple in zip(*parts, strict=True)
+            for query, key, value in zip(*parts, strict=True)
         ]
         attended = torch.cat(out).reshape(x.shape[0], -1) if out else q.flatten(1)
         y: Tensor = self.ops.segment_matmul(attended, layer.o.weight)

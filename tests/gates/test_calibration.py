@@ -1,4 +1,4 @@
-"""Policies, and thresholds at any budget."""
+"""Thresholds at any budget."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from pyruntime.errors import InvalidInput
 from pyruntime.gates.calibration import Calibration
-from pyruntime.gates.policy import ComputePolicy
 
 
 def record(**changes: Any) -> dict[str, Any]:
     return {
+        "kind": "gateskip",
         "budgets": [1.0, 0.8, 0.4],
         "thresholds": [
             [[0.1, None], [0.2, 0.3]],
@@ -49,9 +49,7 @@ def test_the_ends_of_the_range() -> None:
 
 def test_budget_zero_always_skips_when_the_grid_starts_at_never() -> None:
     """The record a GateSkip sidecar becomes: null everywhere at budget 1, numbers at its own."""
-    sidecar = Calibration({
-        "budgets": [1.0, 0.75], "thresholds": [[[None, None]], [[0.5, None]]],
-    })  # fmt: skip
+    sidecar = Calibration(record(budgets=[1.0, 0.75], thresholds=[[[None, None]], [[0.5, None]]]))
     assert sidecar.tau(0.75).tolist() == [[0.5, -torch.inf]]
     assert sidecar.tau(0.0).tolist() == [[torch.inf, -torch.inf]]
 
@@ -82,27 +80,42 @@ def test_a_record_that_does_not_fall_is_refused(budgets: list[float]) -> None:
         Calibration(record(budgets=budgets))
 
 
+def experts(**changes: Any) -> dict[str, Any]:
+    """Three expert layers of which one is never cut, two experts per token."""
+    return {
+        "kind": "experts",
+        "budgets": [1.0, 0.75, 0.5],
+        "thresholds": [[1.0, 0.9, None], [0.8, 0.7, None], [0.6, 0.5, None]],
+        "default_budget": 0.75,
+    } | changes
+
+
 @pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"budget": 1.5}, r"budget must be a number in \[0, 1\], got 1.5"),
-        ({"budget": -0.1}, "budget must be .* got -0.1"),
-        ({"budget": True}, "budget must be .* got True"),
-        ({"budget": "0.5"}, "budget must be .* got '0.5'"),
-        ({"budget": float("nan")}, "budget must be .* got nan"),
-        ({"mode": "fast"}, "mode must be one of calibrated, .*got 'fast'"),
-        ({"kv_mode": "none"}, "kv_mode must be one of dense, copy, got 'none'"),
-        ({"branches": ("attn", "ffn")}, "branches must be among"),
-        ({"exit": 3}, "exit is set, but this model has none"),
-        ({"experts": 2}, "experts is set, but"),
-    ],
+    ("budget", "mass"),
+    [(1.0, torch.inf), (0.9, 0.92), (0.75, 0.8), (0.6, 0.68), (0.51, 0.608), (0.5, 0.0)],
 )
-def test_policies_refuse(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(InvalidInput, match=message):
-        ComputePolicy(**values)
+def test_masses_are_linear_and_the_smallest_budget_runs_one_expert(
+    budget: float, mass: float
+) -> None:
+    found = Calibration(experts()).mass(budget)
+    assert found.shape == (3,) and found.dtype == torch.float32
+    assert float(found[0]) == pytest.approx(mass)
+    assert float(found[2]) == torch.inf
 
 
-def test_policies_are_values() -> None:
-    assert ComputePolicy(budget=0.5) == ComputePolicy(budget=0.5)
-    assert len({ComputePolicy(), ComputePolicy(), ComputePolicy(mode="exact_k")}) == 2
-    assert ComputePolicy(budget=0).budget == 0 and ComputePolicy(budget=1).budget == 1
+@given(st.floats(0.5, 1), st.floats(0.5, 1))
+def test_less_budget_never_needs_more_mass(a: float, b: float) -> None:
+    calibration = Calibration(experts())
+    high, low = calibration.mass(max(a, b)), calibration.mass(min(a, b))
+    assert bool((low <= high).all()) and not bool(low.isnan().any() or high.isnan().any())
+
+
+def test_a_budget_below_one_expert_is_refused() -> None:
+    assert Calibration(experts()).least == 0.5 and Calibration(record()).least == 0.0
+    with pytest.raises(InvalidInput, match=r"budget 0\.4: the smallest of this model is 0\.5"):
+        Calibration(experts()).mass(0.4)
+
+
+def test_a_record_of_another_kind_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="kind 'exits' is not one of gateskip, experts"):
+        Calibration(record(kind="exits"))
