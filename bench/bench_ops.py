@@ -64,11 +64,16 @@ def bench_calls(report: Report, quick: bool) -> None:
     scores, tau = torch.rand(256, generator=random), torch.tensor(0.5)
     routed = torch.rand(256, 8, generator=random)
     labels = torch.randint(0, 8, (256,), generator=random, dtype=torch.int32)
+    logits = torch.randn(512, 64, generator=random)
+    one, best = logits[:1], ops.TopK(2)
+    rule = ops.TopK(8, "softmax", normalize=True)
     calls: list[tuple[str, str, Callable[[], Any], float]] = [
         ("gather", "checked call, 8 rows of 64", lambda: ops.gather(few, everyone), 6),
         ("plan_threshold", "N=256", lambda: ops.plan_threshold(scores, tau), 15),
         ("plan_threshold", "N=256, weighted", lambda: ops.plan_threshold(scores, tau, True), 15),
-        ("plan_topk", "N=256, E=8, k=2", lambda: ops.plan_topk(routed, ops.TopK(2)), 15),
+        ("plan_topk", "N=256, E=8, k=2", lambda: ops.plan_topk(routed, best), 15),
+        ("plan_topk", "N=1, E=64, k=8, softmax", lambda: ops.plan_topk(one, rule), 12),
+        ("plan_topk", "N=512, E=64, k=8, softmax", lambda: ops.plan_topk(logits, rule), 150),
         ("plan_partition", "N=256, S=8", lambda: ops.plan_partition(labels, 8), 15),
     ]
     arms = {f"{op} {what}": timed(call, 200) for op, what, call, _ in calls}

@@ -35,7 +35,7 @@ from bench.cuda_harness import (  # noqa: E402
     measure,
     measure_limits,
 )
-from pyruntime.ops import Weight, cuda  # noqa: E402
+from pyruntime.ops import TopK, Weight, cuda  # noqa: E402
 from pyruntime.ops.cuda import matmul as cuda_matmul  # noqa: E402
 
 BF16 = torch.bfloat16
@@ -120,7 +120,7 @@ def threshold_case(report: Report, count: int) -> None:
 def topk_case(report: Report, count: int, experts: int, k: int) -> None:
     scores = torch.rand(count, experts, device="cuda")
     candidates: dict[str, Call] = {
-        "cuda": lambda i: cuda.plan_topk(scores, k),
+        "cuda": lambda i: cuda.plan_topk(scores, TopK(k)),
         "torch": lambda i: sort_plan(scores.topk(k).indices, experts),
     }
     nbytes = 4 * count * experts + 12 * count * k
@@ -164,7 +164,7 @@ def skip_case(report: Report, count: int, width: int, kept: float) -> None:
 
 def choices_case(report: Report, count: int, width: int, k: int) -> None:
     """k weighted choices of every row come back."""
-    plan = cuda.plan_topk(torch.rand(count, 8, device="cuda"), k)
+    plan = cuda.plan_topk(torch.rand(count, 8, device="cuda"), TopK(k))
     nbytes = (k + 2) * 2 * count * width
     copies = copies_for(nbytes)
     xs = [torch.randn(count, width, device="cuda").to(BF16) for _ in range(copies)]

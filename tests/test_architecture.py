@@ -47,7 +47,7 @@ INCLUDES = {
     "core": ("core/",),
     "ops.h": ("core/",),
     "cpu": ("ops.h", "core/", "cpu/"),
-    "cuda": ("core/", "cuda/", "common.cuh", "ptx.cuh"),
+    "cuda": ("core/", "cuda/", "common.cuh", "ptx.cuh", "topk.cuh"),
     "bind": ("ops.h", "core/", "cuda/driver.h"),
 }
 # Written so that this file does not match itself.

@@ -8,6 +8,10 @@
 #include <cmath>
 #include <limits>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "cpu/scratch.h"
 #include "ops.h"
 
@@ -15,116 +19,157 @@ namespace pyrt::PYRT_ISA {
 namespace {
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
-constexpr i32x16 kLanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 constexpr int64_t kParallelLogits = 32 << 10;  // below, a second thread costs more than it chooses
 
-f32x16 greater(f32x16 a, f32x16 b) { return a > b ? a : b; }
+// A vector of what the processor has: a choice is comparisons, and those the compiler splits badly.
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+typedef float vec __attribute__((vector_size(4 * kWidth)));
+typedef int32_t ivec __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t uvec __attribute__((vector_size(4 * kWidth)));
+
+constexpr int kStep = 64;  // experts whose comparisons fit one mask
+constexpr int kVecs = kStep / kWidth;
+constexpr int kSumLanes = 32;  // of a softmax
+
+ivec lanes() {
+  ivec v{};
+  for (int i = 0; i < kWidth; ++i) v[i] = i;
+  return v;
+}
+vec all(float value) { return value - vec{}; }  // a sum would change the sign of a zero
+vec at(const float* p) { return load_as<vec>(p); }
+vec greater(vec a, vec b) { return a > b ? a : b; }
+vec lesser(vec a, vec b) { return a > b ? b : a; }
+template <class V>
+V swapped(V v, int by) {
+  return __builtin_shuffle(v, lanes() ^ by);
+}
+float largest_of(vec v) {
+#pragma GCC unroll 4
+  for (int by = kWidth / 2; by > 0; by /= 2) v = greater(v, swapped(v, by));
+  return v[0];
+}
+
+// The first `count` lanes, then -inf.
+vec some(const float* p, int64_t count) {
+  if (count >= kWidth) return at(p);
+  vec v = all(kNever);
+  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+}
 
 // e^x to 2 ulp; 0 below -87, e^88 above 88; no NaN.
-f32x16 unfused_exp(f32x16 x) {
-  const f32x16 below = x < 88.0f ? x : splat(88.0f);
-  const f32x16 clamped = below > -88.0f ? below : splat(-88.0f);
-  const f32x16 n = round_nearest(clamped * 1.44269504088896341f);
-  f32x16 r = clamped - n * 0.693359375f;
+vec unfused_exp(vec x) {
+  const vec below = x < 88.0f ? x : all(88.0f);
+  const vec clamped = below > -88.0f ? below : all(-88.0f);
+  const float magic = 12582912.0f;  // 1.5 * 2^23: the sum has no room for a fraction
+  const vec n = (clamped * 1.44269504088896341f + magic) - magic;
+  vec r = clamped - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
-  f32x16 p = splat(1.9875691500e-4f);
+  vec p = all(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const u32x16 exponent = (u32x16) __builtin_convertvector(n, i32x16) << 23;
-  return x < -87.0f ? splat(0.0f) : (f32x16)((u32x16)p + exponent);
+  const uvec exponent = (uvec) __builtin_convertvector(n, ivec) << 23;
+  return x < -87.0f ? all(0.0f) : (vec)((uvec)p + exponent);
 }
 
 // log(1 + u) of u in [0, 1] as 2 atanh(u / (2 + u)).
-f32x16 unfused_log1p(f32x16 u) {
-  const f32x16 w = u / (2.0f + u), q = w * w;
-  f32x16 p = splat(1.0f / 15);
+vec unfused_log1p(vec u) {
+  const vec w = u / (2.0f + u), q = w * w;
+  vec p = all(1.0f / 15);
   for (float n = 13.0f; n > 0.0f; n -= 2.0f) p = p * q + 1.0f / n;
   return (w + w) * p;
 }
 
-f32x16 sqrt_softplus(f32x16 z) {
-  f32x16 v = (z > 0.0f ? z : splat(0.0f)) + unfused_log1p(unfused_exp(z > 0.0f ? -z : z));
-  for (int i = 0; i < 16; ++i) v[i] = std::sqrt(v[i]);
+vec sqrt_softplus(vec z) {
+  vec v = greater(z, all(0.0f)) + unfused_log1p(unfused_exp(z > 0.0f ? -z : z));
+  for (int i = 0; i < kWidth; ++i) v[i] = std::sqrt(v[i]);
   return v;
 }
 
 // Bit i: lane i of a equals that of b.
-uint64_t equal_lanes(f32x16 a, f32x16 b) {
+uint64_t equal_lanes(vec a, vec b) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ);
+#elif defined(__AVX2__)
+  return uint64_t(_mm256_movemask_ps((__m256)(a == b)));
+#elif defined(__SSE2__)
+  return uint64_t(_mm_movemask_ps((__m128)(a == b)));
 #else
-  const i32x16 equal = a == b;
   uint64_t mask = 0;
-#if defined(__AVX2__)
-  __m256 half[2];
-  std::memcpy(half, &equal, sizeof equal);
-  for (int i = 0; i < 2; ++i) mask |= uint64_t(_mm256_movemask_ps(half[i])) << 8 * i;
-#else
-  for (int i = 0; i < 16; ++i) mask |= uint64_t(equal[i] != 0) << i;
-#endif
+  for (int i = 0; i < kWidth; ++i) mask |= uint64_t(a[i] == b[i]) << i;
   return mask;
 #endif
 }
 
-// What one row is worked out in; E is padded to whole masks of 64.
+// What one row is worked out in; E and k are padded to whole steps.
 struct Row {
   float* score;  // [E] what weights come from
   float* value;  // [E] what segments are chosen by, -inf for never
   float* worth;  // [groups]
   float* slot;   // [k] scores of the chosen ones, best first
   float* share;  // [k]
-  int64_t blocks;
 };
 
-int64_t padded(int64_t count) { return (count + 63) / 64 * 64; }
+int64_t padded(int64_t count) { return (count + kStep - 1) / kStep * kStep; }
+
+// Lane l adds expert l, l + 32, ...; then halves fold.
+float softmax_sum(const float* values, int64_t count) {
+  constexpr int kParts = kSumLanes / kWidth;
+  vec sums[kParts] = {};
+  for (int64_t e = 0; e < count; e += kSumLanes)
+    for (int i = 0; i < kParts; ++i) sums[i] += at(values + e + i * kWidth);
+  for (int parts = kParts / 2; parts > 0; parts /= 2)
+    for (int i = 0; i < parts; ++i) sums[i] += sums[i + parts];
+  vec total = sums[0];
+#pragma GCC unroll 4
+  for (int by = kWidth / 2; by > 0; by /= 2) total += swapped(total, by);
+  return total[0];
+}
 
 // Fills score and value; false when every logit is -inf or NaN.
 bool score_row(const TopKArgs& args, const float* logits, const Row& row) {
-  const int64_t rest = args.experts % 16;
-  f32x16 column = splat(kNever);
-  for (int64_t b = 0; b < row.blocks; ++b) {
-    const bool part = rest && b + 1 == row.blocks;
-    f32x16 z = part ? load_part(logits + 16 * b, rest) : load(logits + 16 * b);
-    if (part) z = kLanes < int32_t(rest) ? z : splat(kNever);
-    z = z == z ? z : splat(kNever);
-    store(row.value + 16 * b, z);
+  const int64_t count = args.experts, end = padded(count);
+  vec column = all(kNever);
+  for (int64_t e = 0; e < end; e += kWidth) {
+    vec z = some(logits + e, count - e);
+    z = z == z ? z : all(kNever);
+    store_as(row.value + e, z);
     column = greater(column, z);
   }
-  for (int64_t b = row.blocks; b % 4; ++b) store(row.value + 16 * b, splat(kNever));
-  const float largest = max(column);
+  const float largest = largest_of(column);
   if (!(largest > kNever)) return false;
 
   const bool over_chosen = args.rule.flags & kTopKOverChosen;
   const Score kind = over_chosen ? Score::kNone : Score(args.rule.flags & 3);
-  f32x16 sums[2] = {};  // 32 lanes, as a warp has
-  for (int64_t b = 0; b < row.blocks; ++b) {
-    const f32x16 z = load(row.value + 16 * b);
-    f32x16 s = z;
-    if (kind == Score::kSoftmax) {
-      s = unfused_exp(z == largest ? splat(0.0f) : z - largest);
-      sums[b % 2] += s;
-    } else if (kind == Score::kSigmoid) {
+  for (int64_t e = 0; e < end; e += kWidth) {
+    const vec z = at(row.value + e);
+    vec s = z;
+    if (kind == Score::kSoftmax)
+      s = unfused_exp(z == largest ? all(0.0f) : z - largest);
+    else if (kind == Score::kSigmoid)
       s = 1.0f / (1.0f + unfused_exp(-z));
-    } else if (kind == Score::kSqrtSoftplus) {
+    else if (kind == Score::kSqrtSoftplus)
       s = sqrt_softplus(z);
-    }
-    store(row.score + 16 * b, s);
+    store_as(row.score + e, s);
   }
-  const float total = kind == Score::kSoftmax ? sum(sums[0] + sums[1]) : 1.0f;
-  for (int64_t b = 0; b < row.blocks; ++b) {
-    f32x16 s = load(row.score + 16 * b) / total;
-    store(row.score + 16 * b, s);
-    if (args.bias) {
-      const bool part = rest && b + 1 == row.blocks;
-      s = s + (part ? load_part(args.bias + 16 * b, rest) : load(args.bias + 16 * b));
-    }
-    const f32x16 never = splat(kNever);
-    s = load(row.value + 16 * b) > kNever ? s : never;
-    store(row.value + 16 * b, s == s ? s : never);
+  const float total = kind == Score::kSoftmax ? softmax_sum(row.score, end) : 1.0f;
+  for (int64_t e = 0; e < end; e += kWidth) {
+    vec c = at(row.score + e) / total;
+    store_as(row.score + e, c);
+    if (args.bias) c = c + some(args.bias + e, count - e);
+    c = at(row.value + e) > kNever ? c : all(kNever);
+    store_as(row.value + e, c == c ? c : all(kNever));
   }
   return true;
 }
@@ -134,11 +179,24 @@ void mask_groups(const TopKArgs& args, const Row& row) {
   const int64_t groups = args.rule.groups, size = args.experts / groups;
   const bool two = args.rule.flags & kTopKSum2;
   for (int64_t g = 0; g < groups; ++g) {
-    float best = kNever, second = kNever;
-    for (int64_t e = g * size; e < (g + 1) * size; ++e) {
-      const float value = row.value[e];
-      second = std::max(second, std::min(best, value));
-      best = std::max(best, value);
+    const float* values = row.value + g * size;
+    vec high = all(kNever), low = all(kNever);  // the two best of every column
+    int64_t e = 0;
+    for (; e + kWidth <= size; e += kWidth) {
+      const vec value = at(values + e);
+      low = greater(low, lesser(high, value));
+      high = greater(high, value);
+    }
+#pragma GCC unroll 4
+    for (int by = kWidth / 2; by > 0; by /= 2) {
+      const vec other = swapped(high, by);
+      low = greater(greater(low, swapped(low, by)), lesser(high, other));
+      high = greater(high, other);
+    }
+    float best = high[0], second = low[0];
+    for (; e < size; ++e) {
+      second = std::max(second, std::min(best, values[e]));
+      best = std::max(best, values[e]);
     }
     const float worth = two ? best + second : best;
     row.worth[g] = std::isnan(worth) ? kNever : worth;  // infinity with a group of one
@@ -153,25 +211,45 @@ void mask_groups(const TopKArgs& args, const Row& row) {
 }
 
 // ids and slot of the k largest values, ties to the lower id; returns how many there were. A round
-// finds the largest by columns (lane l has experts l, l + 16, ...), then the first that equals it.
-int64_t take_largest(const Row& row, int64_t k, int32_t* ids) {
+// finds the largest by columns, then the first that equals it.
+int64_t take_largest(const Row& row, int64_t experts, int64_t k, int32_t* ids) {
   for (int64_t j = 0; j < k; ++j) {
-    f32x16 column = load(row.value);
-    for (int64_t b = 1; b < row.blocks; ++b) column = greater(column, load(row.value + 16 * b));
-    const float largest = max(column);
+    vec column = at(row.value);
+    for (int64_t e = kWidth; e < experts; e += kWidth) column = greater(column, at(row.value + e));
+    const float largest = largest_of(column);
     if (!(largest > kNever)) return j;
-    int64_t first = 0;
-    uint64_t found = 0;
-    for (;; first += 64) {
-      for (int b = 0; b < 4; ++b)
-        found |= equal_lanes(load(row.value + first + 16 * b), splat(largest)) << 16 * b;
-      if (found) break;
+    int64_t id = 0;
+    for (uint64_t found = 0;; id += kStep) {
+      for (int i = 0; i < kVecs; ++i)
+        found |= equal_lanes(at(row.value + id + i * kWidth), all(largest)) << i * kWidth;
+      if (!found) continue;
+      id += __builtin_ctzll(found);
+      break;
     }
-    const int64_t id = first + __builtin_ctzll(found);
     ids[j] = int32_t(id);
     row.slot[j] = row.score[id];
-    float* block = row.value + id / 16 * 16;  // rewritten whole: it is loaded whole right away
-    store(block, kLanes == int32_t(id % 16) ? splat(kNever) : load(block));
+    float* block = row.value + id / kWidth * kWidth;  // rewritten whole: it is read whole next
+    store_as(block, lanes() == int32_t(id % kWidth) ? all(kNever) : at(block));
+  }
+  return k;
+}
+
+// The same for at most kStep experts, which stay in registers: half of a round above is waiting for
+// the block just written to be read again.
+int64_t take_largest_held(const Row& row, int64_t k, int32_t* ids) {
+  vec value[kVecs];
+  for (int i = 0; i < kVecs; ++i) value[i] = at(row.value + i * kWidth);
+  for (int64_t j = 0; j < k; ++j) {
+    vec columns[2] = {value[0], value[1]};
+    for (int i = 2; i < kVecs; ++i) columns[i % 2] = greater(columns[i % 2], value[i]);
+    const float largest = largest_of(greater(columns[0], columns[1]));
+    if (!(largest > kNever)) return j;
+    uint64_t found = 0;
+    for (int i = 0; i < kVecs; ++i) found |= equal_lanes(value[i], all(largest)) << i * kWidth;
+    const int32_t id = __builtin_ctzll(found);
+    ids[j] = id;
+    row.slot[j] = row.score[id];
+    for (int i = 0; i < kVecs; ++i) value[i] = lanes() + i * kWidth == id ? all(kNever) : value[i];
   }
   return k;
 }
@@ -183,13 +261,10 @@ float slot_sum(const float* values, int64_t count) {
 }
 
 void exp_of_slots(float* slot, int64_t count) {
-  std::fill(slot + count, slot + (count + 15) / 16 * 16, kNever);
-  f32x16 column = splat(kNever);
-  for (int64_t j = 0; j < count; j += 16) column = greater(column, load(slot + j));
-  const float largest = max(column);
-  for (int64_t j = 0; j < count; j += 16) {
-    const f32x16 z = load(slot + j);
-    store(slot + j, unfused_exp(z == largest ? splat(0.0f) : z - largest));
+  const float largest = *std::max_element(slot, slot + std::max<int64_t>(count, 1));
+  for (int64_t j = 0; j < count; j += kWidth) {
+    const vec z = at(slot + j);
+    store_as(slot + j, unfused_exp(z == largest ? all(0.0f) : z - largest));
   }
 }
 
@@ -247,19 +322,17 @@ void choose_topk(const TopKArgs& args) {
   {
     static thread_local Scratch scratch;
     float* memory = scratch.take<float>(3 * width + 2 * slots);
-    const Row row{memory,
-                  memory + width,
-                  memory + 2 * width,
-                  memory + 3 * width,
-                  memory + 3 * width + slots,
-                  (args.experts + 15) / 16};
+    std::fill(memory, memory + 3 * width + 2 * slots, 0.0f);  // what pads a row is read, not used
+    const Row row{memory, memory + width, memory + 2 * width, memory + 3 * width,
+                  memory + 3 * width + slots};
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < args.rows; ++n) {
       int32_t* ids = args.ids + n * args.rule.k;
       int64_t chosen = 0;
       if (score_row(args, args.logits + n * args.experts, row)) {
         if (args.rule.groups > 1) mask_groups(args, row);
-        chosen = take_largest(row, args.rule.k, ids);
+        chosen = args.experts <= kStep ? take_largest_held(row, args.rule.k, ids)
+                                       : take_largest(row, args.experts, args.rule.k, ids);
       }
       weigh(args, n, row, chosen);
     }

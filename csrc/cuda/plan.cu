@@ -13,6 +13,7 @@
 // Every planner fills rows[R..] with -1 and weights[R..] with 0, so that equal inputs give equal
 // bits.
 #include "common.cuh"
+#include "topk.cuh"
 
 namespace pyrt {
 
@@ -171,48 +172,6 @@ __device__ void scatter_tile(const Source& source, int total, int segments, cons
   scatter(segment, total, segments, out.offsets[segments], out);
 }
 
-// Ascending with the score; NaN is lowest, the two zeros are equal.
-__device__ inline u32 score_key(float score) {
-  if (score != score) return 0;
-  const u32 bits = __float_as_uint(__fadd_rn(score, 0.0f));
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-// One warp: the k largest of a row by falling score, ties to the lowest expert. k passes over the
-// row, which stays in L1; the previous choice (key, expert) marks what is taken.
-__device__ inline void topk_row(const float* scores, int experts, int k, bool renormalize, int* ids,
-                                float* weights) {
-  constexpr int kNone = 0x7fffffff;
-  u32 last_key = 0xffffffffu;  // above every key
-  int last = -1;
-  float total = 0.0f;
-  for (int j = 0; j < k; ++j) {
-    u32 best_key = 0;
-    int best = kNone;
-    for (int e = lane_id(); e < experts; e += kWarp) {
-      const u32 key = score_key(scores[e]);
-      const bool free = key < last_key || (key == last_key && e > last);
-      if (free && (best == kNone || key > best_key)) best_key = key, best = e;
-    }
-    last_key = __reduce_max_sync(kAllLanes, best_key);
-    last = __reduce_min_sync(kAllLanes, best_key == last_key ? best : kNone);
-    const float score = scores[last];
-    total = __fadd_rn(total, score);
-    if (lane_id() == 0) ids[j] = last, weights[j] = score;
-  }
-  if (!renormalize) return;
-  __syncwarp();
-  for (int j = lane_id(); j < k; j += kWarp) weights[j] = __fdiv_rn(weights[j], total);
-}
-
-__device__ inline void topk_rows(const float* scores, int num_rows, int experts, int k,
-                                 bool renormalize, int* ids, float* weights) {
-  const int warps = blockDim.x / kWarp;
-  for (int n = blockIdx.x * warps + warp_id(); n < num_rows; n += gridDim.x * warps)
-    topk_row(scores + i64(n) * experts, experts, k, renormalize, ids + i64(n) * k,
-             weights + i64(n) * k);
-}
-
 // ---- threshold: S = 1, K = 1 ----
 
 extern "C" __global__ void __launch_bounds__(1024, 1)
@@ -273,22 +232,27 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
   if (threadIdx.x == 0) offsets[segments] = kept;
 }
 
-// ---- top-k ----
+// ---- top-k; the number at the end is how many experts a lane holds ----
 
-// ids and weights [N, k] of scores [N, E]; a warp per row.
-extern "C" __global__ void __launch_bounds__(256)
-    plan_topk_choose(const float* scores, int* ids, float* weights, int num_rows, int experts,
-                     int k, int renormalize) {
-  topk_rows(scores, num_rows, experts, k, renormalize, ids, weights);
-}
+// ids and weights [N, k]; a warp per row.
+#define PYRT_CHOOSE(items)                                            \
+  extern "C" __global__ void __launch_bounds__(256)                   \
+      plan_topk_choose_##items(TopKIn in, int* ids, float* weights) { \
+    choose_rows<items>(in, ids, weights);                             \
+  }
+PYRT_CHOOSE(2)
+PYRT_CHOOSE(8)
+PYRT_CHOOSE(32)
 
-// Choice and plan in one block. ids is scratch [N, k].
-extern "C" __global__ void __launch_bounds__(1024, 1)
-    plan_topk_small(const float* scores, int* ids, float* weights, PlanOut out, int num_rows,
-                    int experts, int renormalize) {
-  topk_rows(scores, num_rows, experts, out.choices, renormalize, ids, weights);
-  __syncthreads();  // also orders the block's own global writes before its reads
-  plan_small(Labels{ids, experts}, num_rows * out.choices, experts, out);
-}
+// Choice and plan in one block. ids and weights are scratch [N, k].
+#define PYRT_SMALL(items)                                                             \
+  extern "C" __global__ void __launch_bounds__(1024, 1)                               \
+      plan_topk_small_##items(TopKIn in, int* ids, float* weights, PlanOut out) {     \
+    choose_rows<items>(in, ids, weights);                                             \
+    __syncthreads(); /* also orders the block's own global writes before its reads */ \
+    plan_small(Labels{ids, in.experts}, in.num_rows* in.k, in.experts, out);          \
+  }
+PYRT_SMALL(2)
+PYRT_SMALL(8)
 
 }  // namespace pyrt

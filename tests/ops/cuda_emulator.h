@@ -168,6 +168,23 @@ inline int __shfl_up_sync(unsigned, int value, int by) {
 inline int __shfl_sync(unsigned, int value, int lane) {
   return int(emu::exchange(uint32_t(value))[lane]);
 }
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float __shfl_sync(unsigned, float value, int lane) {
+  return __uint_as_float(unsigned(emu::exchange(__float_as_uint(value))[lane]));
+}
+inline float __shfl_xor_sync(unsigned, float value, int by) {
+  const int lane = emu::current->id % 32;
+  return __uint_as_float(unsigned(emu::exchange(__float_as_uint(value))[lane ^ by]));
+}
 inline unsigned __ballot_sync(unsigned, bool vote) {
   const uint64_t* votes = emu::exchange(vote);
   unsigned mask = 0;
@@ -194,17 +211,9 @@ inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __ffs(unsigned value) { return __builtin_ffs(int(value)); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __uint_as_float(unsigned bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-inline unsigned __float_as_uint(float value) {
-  unsigned bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 
 // ---- instead of csrc/cuda/ptx.cuh ----
 

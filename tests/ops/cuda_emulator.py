@@ -19,7 +19,8 @@ SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 def build(folder: Path) -> ctypes.CDLL:
     """Compile every .cu as C++ against cuda_emulator.h into one library in ``folder``."""
     (folder / "ptx.cuh").write_text("")  # the emulator has its own
-    (folder / "common.cuh").write_text((SOURCES / "common.cuh").read_text())
+    for header in ("common.cuh", "topk.cuh"):
+        (folder / header).write_text((SOURCES / header).read_text())
     lines = ['#include "cuda_emulator.h"']
     for source in sorted({source for source, _ in KERNELS.values()}):
         text = (SOURCES / f"{source}.cu").read_text()

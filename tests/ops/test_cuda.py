@@ -6,8 +6,6 @@ Plans, gather, compact and combine must agree bit for bit, segment_matmul within
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,23 +15,13 @@ from torch import Tensor
 
 import cuda_emulator
 from pyruntime.errors import InvalidInput
-from pyruntime.ops import Weight, cuda, reference
+from pyruntime.ops import TopK, Weight, cuda, reference
 from pyruntime.ops.cuda import matmul as cuda_matmul
 from pyruntime.ops.cuda import plan as cuda_plan
 from pyruntime.ops.weight import PAIRED
 from pyruntime.plan import Plan
+from tests.ops.device_cases import same_bits, same_plan, scores_with_ties
 
-GPU = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.cuda,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
-    ],
-)
-CPP = shutil.which("g++") is not None
-EMULATED = pytest.param(
-    "cpu", marks=pytest.mark.skipif(not CPP, reason="g++ is missing: no emulated device")
-)
 few = settings(
     max_examples=25,
     deadline=None,
@@ -41,48 +29,8 @@ few = settings(
 )
 
 
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> cuda_emulator.EmulatedKernels:
-    library = cuda_emulator.build(tmp_path_factory.mktemp("emulator"))
-    return cuda_emulator.EmulatedKernels(library)
-
-
-@pytest.fixture(params=[EMULATED, GPU])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """ "cuda", or "cpu" with every launch sent to the emulator."""
-    if request.param == "cpu":
-        cuda_emulator.install(monkeypatch, request.getfixturevalue("emulator"))
-    yield request.param
-
-
-def same_bits(actual: Tensor, expected: Tensor) -> None:
-    actual, expected = actual.cpu(), expected.cpu()
-    assert actual.shape == expected.shape and actual.dtype == expected.dtype
-    kind = {2: torch.int16, 4: torch.int32}.get(actual.itemsize, actual.dtype)
-    assert torch.equal(actual.contiguous().view(kind), expected.contiguous().view(kind))
-
-
-def same_plan(actual: Plan, expected: Plan) -> None:
-    kept = int(actual.offsets[-1])
-    same_bits(actual.offsets, expected.offsets)
-    same_bits(actual.inverse, expected.inverse)
-    same_bits(actual.rows[:kept], expected.rows)
-    assert actual.rows.numel() == actual.capacity == actual.inverse.numel()
-    assert bool((actual.rows[kept:] == -1).all())
-    assert (actual.weights is None) == (expected.weights is None)
-    if actual.weights is not None and expected.weights is not None:
-        same_bits(actual.weights[:kept], expected.weights)
-
-
 def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def scores_with_ties(seed: int, *shape: int) -> Tensor:
-    """Few distinct values, both zeros, infinities, a denormal and NaN: what breaks comparisons."""
-    values = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-40, math.inf, -math.inf, math.nan, 0.5])
-    generator = torch.Generator().manual_seed(seed)
-    return values[torch.randint(len(values), shape, generator=generator)]
 
 
 seeds = st.integers(0, 2**31)
@@ -102,28 +50,6 @@ def test_plan_threshold(device: str, seed: int, count: int, each: bool) -> None:
         same_plan(actual, reference.plan_threshold(scores, tau, weighted))
 
 
-@few
-@given(seeds, st.integers(0, 700), st.sampled_from([1, 2, 31, 32, 33, 257, 1500]))
-def test_plan_partition(device: str, seed: int, count: int, segments: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(-1, segments, (count,), generator=generator).int()
-    actual = cuda.plan_partition(labels.to(device), segments)
-    same_plan(actual, reference.plan_partition(labels, segments))
-
-
-@few
-@given(seeds, st.integers(0, 60), st.sampled_from([1, 3, 8, 40, 300]), st.booleans(), st.data())
-def test_plan_topk(
-    device: str, seed: int, count: int, experts: int, renormalize: bool, data: st.DataObject
-) -> None:
-    k = data.draw(st.integers(1, min(experts, 9)))
-    scores = scores_with_ties(seed, count, experts)
-    if renormalize:  # NaN and infinities would only compare the bits of NaN
-        scores = random(seed, count, experts).abs()
-    actual = cuda.plan_topk(scores.to(device), k, renormalize)
-    same_plan(actual, reference.plan_topk(scores, k, renormalize))
-
-
 @pytest.mark.parametrize("count", [8192, 8193, 20_000])
 def test_plans_around_the_one_launch_bound(device: str, count: int) -> None:
     scores = random(1, count)
@@ -134,15 +60,6 @@ def test_plans_around_the_one_launch_bound(device: str, count: int) -> None:
     )
     labels = torch.randint(-1, 300, (count,), generator=torch.Generator().manual_seed(2)).int()
     same_plan(cuda.plan_partition(labels.to(device), 300), reference.plan_partition(labels, 300))
-    scores = random(3, count // 4, 16)
-    same_plan(cuda.plan_topk(scores.to(device), 4), reference.plan_topk(scores, 4))
-
-
-def test_an_unknown_label_is_dropped(device: str) -> None:
-    labels = torch.tensor([0, 5, -7, 1], dtype=torch.int32)
-    plan = cuda.plan_partition(labels.to(device), 2)
-    assert plan.inverse.flatten().tolist() == [0, -1, -1, 1]
-    assert plan.offsets.tolist() == [0, 1, 2]
 
 
 @few
@@ -206,7 +123,8 @@ def test_combine(
     device: str, seed: int, count: int, width: int, k: int, dtype: torch.dtype, channels: bool
 ) -> None:
     scores = random(seed, count, 6).abs()
-    plan, expected = cuda.plan_topk(scores.to(device), k), reference.plan_topk(scores, k)
+    plan = cuda.plan_topk(scores.to(device), TopK(k))
+    expected = reference.plan_topk(scores, TopK(k))
     packed = random(seed + 1, count * k, width, dtype=dtype)
     out = random(seed + 2, count, width, dtype=dtype)
     scale = random(seed + 3, count, width) if channels else None
@@ -366,8 +284,6 @@ def test_wrong_arguments_are_named(device: str) -> None:
         cuda.gather(torch.zeros(3, 8).to(device), plan)
     with pytest.raises(InvalidInput, match=r"scores must be a contiguous CUDA torch\.float32"):
         cuda.plan_threshold(torch.zeros(4, dtype=torch.float64).to(device), torch.tensor(0.0))
-    with pytest.raises(InvalidInput, match="k must lie in"):
-        cuda.plan_topk(torch.zeros(4, 2).to(device), 3)
     weight = Weight.pack(torch.zeros(8, 8).to(device))
     with pytest.raises(InvalidInput, match="layout dense, got panel"):
         cuda.segment_matmul(torch.zeros(4, 8).to(device), weight, plan)
@@ -387,7 +303,7 @@ def test_zero_rows_launch_nothing(
     assert cuda.combine(x, plan, x).shape == (0, 8)
     weight = Weight(torch.zeros(1, 24, 8, dtype=torch.bfloat16), 24, 8, "dense")
     assert cuda.segment_matmul(x, weight, plan).shape == (0, 24)
-    assert cuda.plan_topk(torch.zeros(0, 4), 2).offsets.tolist() == [0] * 5
+    assert cuda.plan_topk(torch.zeros(0, 4), TopK(2)).offsets.tolist() == [0] * 5
     assert len(emulator.launched) == before
 
 

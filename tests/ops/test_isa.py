@@ -17,6 +17,7 @@ COMPILED_PER_SET = (
     "test_norm.py",
     "test_attention.py",
     "test_batch_invariance.py",
+    "test_topk.py",
 )
 FLAGS = {
     "portable": set(),

@@ -25,7 +25,7 @@ from pyruntime.errors import Unavailable
 log = logging.getLogger(__name__)
 
 FOLDER: Final = Path(__file__).resolve().parents[2] / "_kernels"
-HEADERS: Final = ("common.cuh", "ptx.cuh")
+HEADERS: Final = ("common.cuh", "ptx.cuh", "topk.cuh")
 # The options of both compilers. NVRTC is called directly and not through RawModule(code=...), which
 # appends -ftz=true: flushed denormals would change the order of scores and the bits of a sum.
 OPTIONS: Final = ("-std=c++17",)
@@ -34,6 +34,7 @@ STATIC_SHARED_LIMIT: Final = 48 << 10  # more dynamic shared memory than this is
 _PLAN_OUT = "PPPPPi4x"
 _THRESHOLD = "PPi4x"
 _LABELS = "Pi4x"
+_TOPK = "PPPiiiiffii"
 # kernel -> (source, C layout of its parameters as `struct` writes it)
 KERNELS: Final = MappingProxyType(
     {
@@ -55,8 +56,8 @@ KERNELS: Final = MappingProxyType(
         "plan_labels_count": ("plan", _LABELS + "Pi"),
         "plan_labels_scatter": ("plan", _LABELS + _PLAN_OUT + "Pi"),
         "plan_scan": ("plan", "PPii"),
-        "plan_topk_choose": ("plan", "PPPiiii"),
-        "plan_topk_small": ("plan", "PPP" + _PLAN_OUT + "iii"),
+        **{f"plan_topk_choose_{items}": ("plan", _TOPK + "PP") for items in (2, 8, 32)},
+        **{f"plan_topk_small_{items}": ("plan", _TOPK + "PP" + _PLAN_OUT) for items in (2, 8)},
     }
 )
 

@@ -8,11 +8,13 @@ from torch import Tensor
 from pyruntime.errors import InvalidInput
 from pyruntime.ops.cuda.check import INT_MAX, THREADS, WARP, ceil_div, check, check_device
 from pyruntime.ops.cuda.kernels import kernels_of
+from pyruntime.ops.topk import TopK
 from pyruntime.plan import Plan
 
 CHUNK = 256  # choices that one warp owns
 HISTOGRAM = 12_000  # int32 of shared memory of a block: 48 KB less what the scan needs
 TILE_WARPS = 8  # of a block of the three-launch form
+MAX_SEGMENTS, MAX_SLOTS = 1024, 64  # of plan_topk
 FUSED_SCORES = 16_384  # scores one block chooses from in one launch; above, choosing has its own
 
 
@@ -26,46 +28,70 @@ def plan_threshold(scores: Tensor, tau: Tensor, weighted: bool = False) -> Plan:
     return _sort("threshold", source, _Target(scores, count, 1, 1, scores if weighted else None))
 
 
-def plan_partition(labels: Tensor, segments: int) -> Plan:
-    """Rows grouped by label; see `pyruntime.ops.reference.plan_partition`.
+def plan_partition(labels: Tensor, segments: int, weights: Tensor | None = None) -> Plan:
+    """Choices grouped by label; see `pyruntime.ops.reference.plan_partition`.
 
     A label outside [0, segments) is dropped: reporting one would mean waiting for the device.
     """
-    check("plan_partition", "labels", labels, (torch.int32,), (-1,))
+    check("plan_partition", "labels", labels, (torch.int32,), (-1,) * min(labels.dim(), 2))
+    count, choices = labels.shape if labels.dim() == 2 else (labels.shape[0], 1)
+    if weights is not None:
+        check("plan_partition", "weights", weights, (torch.float32,), tuple(labels.shape))
+    check_device("plan_partition", labels, weights=weights)
     source = (labels.data_ptr(), segments)
-    return _sort("labels", source, _Target(labels, labels.shape[0], 1, segments))
+    return _sort("labels", source, _Target(labels, count, choices, segments, weights))
 
 
-def plan_topk(scores: Tensor, k: int, renormalize: bool = False) -> Plan:
-    """The k best segments of every row; see `pyruntime.ops.reference.plan_topk`."""
-    check("plan_topk", "scores", scores, (torch.float32,), (-1, -1))
-    count, experts = scores.shape
-    if not 1 <= k <= experts:
-        raise InvalidInput(f"plan_topk: k must lie in [1, {experts}], got {k}")
-    ids = torch.empty(count, k, dtype=torch.int32, device=scores.device)
-    weights = torch.empty(count, k, dtype=torch.float32, device=scores.device)
-    target = _Target(scores, count, k, experts, weights)
-    choose = (scores.data_ptr(), ids.data_ptr(), weights.data_ptr())
-    if 0 < count * experts <= FUSED_SCORES and target.total <= target.warps * CHUNK:
+def plan_topk(
+    logits: Tensor,
+    rule: TopK,
+    selection_bias: Tensor | None = None,
+    limits: Tensor | None = None,
+) -> Plan:
+    """The segments ``rule`` picks for every row; see `pyruntime.ops.reference.plan_topk`.
+
+    A warp holds a row in registers: at most 1024 segments, 64 slots and 32 groups.
+    """
+    check("plan_topk", "logits", logits, (torch.float32,), (-1, -1))
+    count, experts = logits.shape
+    rule.check(experts)
+    if experts > MAX_SEGMENTS or rule.k > MAX_SLOTS or rule.groups > WARP:
+        raise InvalidInput(
+            f"plan_topk: at most {MAX_SEGMENTS} segments, {MAX_SLOTS} slots and {WARP} groups on a "
+            f"GPU, got {experts}, {rule.k} and {rule.groups}"
+        )
+    if selection_bias is not None:
+        check("plan_topk", "selection_bias", selection_bias, (torch.float32,), (experts,))
+    if limits is not None:
+        check("plan_topk", "limits", limits, (torch.float32,), (count, 3))
+    check_device("plan_topk", logits, selection_bias=selection_bias, limits=limits)
+    ids = torch.empty(count, rule.k, dtype=torch.int32, device=logits.device)
+    weights = torch.empty(count, rule.k, dtype=torch.float32, device=logits.device)
+    target = _Target(logits, count, rule.k, experts, weights)
+    choose = (
+        logits.data_ptr(),
+        0 if selection_bias is None else selection_bias.data_ptr(),
+        0 if limits is None else limits.data_ptr(),
+        *(rule.k, rule.flags, rule.groups, rule.top_groups, rule.epsilon, rule.scale),
+        *(count, experts, ids.data_ptr(), weights.data_ptr()),
+    )
+    items = 2 if experts <= 2 * WARP else 8 if experts <= 8 * WARP else 32
+    fits = items < 32 and target.total <= target.warps * CHUNK
+    if fits and 0 < count * experts <= FUSED_SCORES:
         warps = min(target.warps, max(ceil_div(target.total, CHUNK), count))  # a warp per row
         target.kernels.launch(
-            "plan_topk_small",
+            f"plan_topk_small_{items}",
             (1, 1),
             (warps * WARP, 1),
             *choose,
             *target.fields,
-            *(count, experts, int(renormalize)),
             shared=target.shared(warps),
         )
         return target.plan
     if count:
-        target.kernels.launch(
-            "plan_topk_choose",
-            (ceil_div(count, THREADS // WARP), 1),
-            (THREADS, 1),
-            *choose,
-            *(count, experts, k, int(renormalize)),
-        )
+        rows = THREADS // WARP
+        grid = (ceil_div(count, rows), 1)
+        target.kernels.launch(f"plan_topk_choose_{items}", grid, (THREADS, 1), *choose)
     return _sort("labels", (ids.data_ptr(), experts), target)
 
 
