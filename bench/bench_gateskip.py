@@ -151,9 +151,9 @@ def weight_bytes(model: Decoder, kept: Tensor) -> int:
     for (attention, mlp), (runs, feeds) in zip(model.layers, kept.tolist(), strict=True):
         total += attention.kv.weight.data.nbytes
         total += runs * (attention.q.weight.data.nbytes + attention.o.weight.data.nbytes)
-        total += feeds * (mlp.gate_up.weight.data.nbytes + mlp.down.weight.data.nbytes)
+        total += feeds * (mlp.network.up.weight.data.nbytes + mlp.network.down.weight.data.nbytes)
         for residual in (attention.residual, mlp.residual):
-            total += residual.norm.nbytes
+            total += residual.norm.weight.nbytes
             if residual.gate is not None and residual.gate.probe is not None:
                 total += residual.gate.probe.nbytes
     return total
@@ -224,7 +224,7 @@ def prefill(report: Report, work: Path, args: argparse.Namespace, gate_type: str
     row: dict[str, Any] = {
         "op": "gateskip", "scenario": f"prefill {SEQUENCES}x{LENGTH}", "dtype": "bfloat16",
         "gates": gate_type, "parameters": gated_model.parameters(dense),
-        "packed_below": gated.packed_below, "accuracy": "none: random weights",
+        "packed_below": gated.decisions.packed_below, "accuracy": "none: random weights",
     }  # fmt: skip
 
     def skipping(name: str, skip: float, replay: Tensor | None = None) -> Arm:
