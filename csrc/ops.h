@@ -82,17 +82,20 @@ struct CombineArgs {
 struct MatmulArgs {
   const void* x;         // [*, K]: packed rows, or source rows when plan.rows is given
   const void* weight;    // panel layout (pyruntime/ops/weight.py) of S matrices [N, K]
+  const float* scale;    // [S, N] of int8 weights: W = q * scale; |q| <= 127
   const float* bias;     // [S, N] or null
   void* out;             // [R, N], or [R, N/2] for a pair
   PlanView plan;         // offsets null: one segment of `kept` rows
   int64_t in_features;   // K
   int64_t out_features;  // N
-  DType dtype;           // of x and weight
+  DType dtype;           // of x
+  DType weight_dtype;    // x's, or int8 in the panels of bf16
   DType out_dtype;
   Epilogue epilogue;
   float alpha, limit;  // of kSwigluOai
 
   bool pair() const { return epilogue >= Epilogue::kSiluMul; }
+  int64_t columns() const { return pair() ? out_features / 2 : out_features; }  // of out
 };
 
 struct NormArgs {

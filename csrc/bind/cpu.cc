@@ -82,25 +82,27 @@ PYBIND11_MODULE(_cpu, m) {
     kernels().combine(args);
   });
 
-  m.def("segment_matmul",
-        [](Address x, Address weight, Address bias, Address out, Address rows, Address offsets,
-           int64_t segments, int64_t kept, int64_t in_features, int64_t out_features, int dtype,
-           int out_dtype, int epilogue, float alpha, float limit) {
-          const MatmulArgs args{at<void>(x),
-                                at<void>(weight),
-                                at<float>(bias),
-                                at<void>(out),
-                                view(rows, offsets, 0, 0, kept, 1, segments, kept),
-                                in_features,
-                                out_features,
-                                DType(dtype),
-                                DType(out_dtype),
-                                Epilogue(epilogue),
-                                alpha,
-                                limit};
-          py::gil_scoped_release unlocked;
-          kernels().segment_matmul(args);
-        });
+  m.def("segment_matmul", [](Address x, Address weight, Address scale, Address bias, Address out,
+                             Address rows, Address offsets, int64_t segments, int64_t kept,
+                             int64_t in_features, int64_t out_features, int dtype, int weight_dtype,
+                             int out_dtype, int epilogue, float alpha, float limit) {
+    const MatmulArgs args{at<void>(x),
+                          at<void>(weight),
+                          at<float>(scale),
+                          at<float>(bias),
+                          at<void>(out),
+                          view(rows, offsets, 0, 0, kept, 1, segments, kept),
+                          in_features,
+                          out_features,
+                          DType(dtype),
+                          DType(weight_dtype),
+                          DType(out_dtype),
+                          Epilogue(epilogue),
+                          alpha,
+                          limit};
+    py::gil_scoped_release unlocked;
+    kernels().segment_matmul(args);
+  });
 
   m.def("rms_norm", [](Address x, Address weight, Address out, Address probe, float probe_bias,
                        Address probe_out, int64_t rows, int64_t width, float eps, int dtype) {

@@ -7,9 +7,11 @@ namespace pyrt {
 
 using bf16 = uint16_t;  // storage only; arithmetic is float32
 
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
-inline int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+inline int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kBFloat16 ? 2 : 1;
+}
 
 // A routing decision (pyruntime/plan.py). rows may be null: the identity, R == N, one segment.
 struct PlanView {

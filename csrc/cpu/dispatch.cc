@@ -27,7 +27,8 @@ Kernels choose() {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   const Build builds[] = {
-      {PYRT_KERNELS(avx512_bf16), avx512 && __builtin_cpu_supports("avx512bf16")},
+      {PYRT_KERNELS(avx512_bf16),
+       avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")},
       {PYRT_KERNELS(avx512), avx512},
       {PYRT_KERNELS(avx2), avx2},
       {PYRT_KERNELS(portable), true},

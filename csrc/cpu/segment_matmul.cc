@@ -76,77 +76,101 @@ class Work {
   int64_t segment_ = 0, first_ = 0;
 };
 
+// `left` columns of the row are still to be written, from out on.
 template <class Out>
-inline void write_row(const MatmulArgs& args, Out* out, int64_t column, int64_t columns, f32x16 lo,
-                      f32x16 hi) {
+inline void write_row(const MatmulArgs& args, Out* out, int64_t left, f32x16 lo, f32x16 hi) {
   if (args.pair()) {
     const f32x16 value = args.epilogue == Epilogue::kSiluMul
                              ? silu(lo) * hi
                              : swiglu_oai(lo, hi, args.alpha, args.limit);
-    const int64_t left = columns - column;
-    left >= 16 ? store(out + column, value) : store_part(out + column, value, left);
+    left >= 16 ? store(out, value) : store_part(out, value, left);
     return;
   }
   if (args.epilogue == Epilogue::kGelu) lo = gelu(lo), hi = gelu(hi);
   if (args.epilogue == Epilogue::kSilu) lo = silu(lo), hi = silu(hi);
   if (args.epilogue == Epilogue::kRelu) lo = relu(lo), hi = relu(hi);
-  const int64_t left = columns - column;
   if (left >= 32) {
-    store(out + column, lo);
-    store(out + column + 16, hi);
+    store(out, lo);
+    store(out + 16, hi);
   } else {
-    store_part(out + column, lo, std::min<int64_t>(left, 16));
-    if (left > 16) store_part(out + column + 16, hi, left - 16);
+    store_part(out, lo, std::min<int64_t>(left, 16));
+    if (left > 16) store_part(out + 16, hi, left - 16);
   }
 }
 
-// Bias of the 32 columns of panel p; an interleaved pair keeps gate biases first, then up biases.
-inline void load_bias(const MatmulArgs& args, int64_t segment, int64_t panel, f32x16* lo,
-                      f32x16* hi) {
-  const float* bias = args.bias + segment * args.out_features;
+// The 32 columns of panel p of a vector [N]; that of a pair keeps gate columns first, then up.
+inline void load_columns(const MatmulArgs& args, const float* vector, int64_t panel, f32x16* lo,
+                         f32x16* hi) {
   if (args.pair()) {
     const int64_t half = args.out_features / 2;
     const int64_t left = std::min<int64_t>(half - panel * 16, 16);
-    *lo = load_part(bias + panel * 16, left);
-    *hi = load_part(bias + half + panel * 16, left);
+    *lo = load_part(vector + panel * 16, left);
+    *hi = load_part(vector + half + panel * 16, left);
     return;
   }
   const int64_t left = args.out_features - panel * kColumns;
-  *lo = load_part(bias + panel * kColumns, std::min<int64_t>(left, 16));
-  *hi = load_part(bias + panel * kColumns + 16, std::clamp<int64_t>(left - 16, 0, 16));
+  *lo = load_part(vector + panel * kColumns, std::min<int64_t>(left, 16));
+  *hi = load_part(vector + panel * kColumns + 16, std::clamp<int64_t>(left - 16, 0, 16));
 }
 
-template <class T, class Out>
-void run_item(const MatmulArgs& args, const Item& item, const T* packed, int64_t panels) {
-  const int64_t steps = (args.in_features + Step<T>::kDepth - 1) / Step<T>::kDepth;
-  const int64_t words = steps * Step<T>::kDepth;  // K, completed
-  const bool pair = args.pair();
-  const int64_t columns = pair ? args.out_features / 2 : args.out_features;
-  const T* weight = static_cast<const T*>(args.weight) + item.segment * panels * words * kColumns;
+// K in steps of the panels of W, and completed to whole ones: so x is packed.
+template <class W>
+struct Depth {
+  static constexpr int64_t kStep = sizeof(W) == 4 ? 1 : 2;
+  explicit Depth(const MatmulArgs& args)
+      : steps((args.in_features + kStep - 1) / kStep), words(steps * kStep) {}
+  int64_t steps, words;
+};
+
+template <class T, class W, class Out>
+void run_item(const MatmulArgs& args, const Item& item, const T* packed, int64_t panels,
+              Scratch& wide) {
+  constexpr bool kInt8 = sizeof(W) == 1;
+  const Depth<W> depth(args);
+  const int64_t words = depth.words, columns = args.columns();
+  const int64_t vector = item.segment * args.out_features;  // where its bias and scale begin
+  const W* weight = static_cast<const W*>(args.weight) + item.segment * panels * words * kColumns;
+  // int8 that serves many tiles is converted once; for one tile, on the way to the products.
+  T* converted = kInt8 && item.rows > kTileRows ? wide.template take<T>(words * kColumns) : nullptr;
   for (int64_t p = item.panel; p < item.panel + item.panels; ++p) {
-    const T* panel = weight + p * words * kColumns;
-    f32x16 bias_lo{}, bias_hi{};
-    if (args.bias) load_bias(args, item.segment, p, &bias_lo, &bias_hi);
-    const int64_t column = p * (pair ? 16 : 32);
+    const W* panel = weight + p * words * kColumns;
+    f32x16 bias_lo{}, bias_hi{}, scale_lo{}, scale_hi{};
+    if (args.bias) load_columns(args, args.bias + vector, p, &bias_lo, &bias_hi);
+    if constexpr (kInt8) {
+      load_columns(args, args.scale + vector, p, &scale_lo, &scale_hi);
+      if (converted) widen_panel(panel, depth.steps, converted);
+    }
+    const int64_t column = p * (args.pair() ? 16 : 32);
     for (int64_t row = 0; row < item.rows; row += kTileRows) {
       const int count = int(std::min<int64_t>(kTileRows, item.rows - row));
+      const T* a = packed + row * words;
+      f32x16 sums[kTileRows][2];
       with_rows(count, [&]<int M>() {
         f32x16 acc[M][2] = {};
-        tile<T, M>(packed + row * words, panel, steps, acc);
-        Out* out = static_cast<Out*>(args.out) + (item.row + row) * columns;
-#pragma GCC unroll 1
-        for (int m = 0; m < M; ++m)
-          write_row(args, out + m * columns, column, columns, acc[m][0] + bias_lo,
-                    acc[m][1] + bias_hi);
+        if constexpr (kInt8) {
+          converted ? tile<T, M>(a, converted, words / Step<T>::kDepth, acc)
+                    : tile<T, M>(a, panel, depth.steps, acc);
+        } else {
+          tile<T, M>(a, panel, depth.steps, acc);
+        }
+        std::memcpy(sums, acc, sizeof(acc));
       });
+      Out* out = static_cast<Out*>(args.out) + (item.row + row) * columns + column;
+      for (int m = 0; m < count; ++m, out += columns) {
+        f32x16 lo = sums[m][0], hi = sums[m][1];
+        if constexpr (kInt8) {
+          restore_columns(lo, hi);
+          lo = lo * scale_lo, hi = hi * scale_hi;
+        }
+        write_row(args, out, columns - column, lo + bias_lo, hi + bias_hi);
+      }
     }
   }
 }
 
-template <class T>
+template <class T, class W>
 void pack_item(const MatmulArgs& args, const Item& item, T* packed) {
-  const int64_t words =
-      (args.in_features + Step<T>::kDepth - 1) / Step<T>::kDepth * Step<T>::kDepth;
+  const int64_t words = Depth<W>(args).words;
   const T* x = static_cast<const T*>(args.x);
   for (int64_t row = 0; row < item.rows; row += kTileRows) {
     const int count = int(std::min<int64_t>(kTileRows, item.rows - row));
@@ -156,16 +180,18 @@ void pack_item(const MatmulArgs& args, const Item& item, T* packed) {
       rows[m] = x + (args.plan.rows ? args.plan.rows[r] : r) * args.in_features;
     }
     pack_rows(rows, count, args.in_features, packed + row * words);
+    if (sizeof(T) == 4 && words > args.in_features)  // pack_rows completes pairs of bf16 only
+      std::fill_n(packed + row * words + count * args.in_features, count, T(0));
   }
 }
 
-template <class T, class Out>
+template <class T, class W, class Out>
 void run(const MatmulArgs& args) {
   const int threads = omp_get_max_threads();
   const int64_t count = Work(args, threads).count();
 #pragma omp parallel num_threads(int(std::min<int64_t>(threads, count)))
   {
-    static thread_local Scratch scratch;
+    static thread_local Scratch scratch, wide;
     Work work(args, threads);
     int64_t last_segment = -1, last_row = -1;
     T* packed = nullptr;
@@ -174,24 +200,28 @@ void run(const MatmulArgs& args) {
       const Item item = work.at(i);
       if (item.segment != last_segment || item.row != last_row) {
         packed = scratch.take<T>(item.rows * (args.in_features + 1));
-        pack_item(args, item, packed);
+        pack_item<T, W>(args, item, packed);
         last_segment = item.segment, last_row = item.row;
       }
-      run_item<T, Out>(args, item, packed, work.panels());
+      run_item<T, W, Out>(args, item, packed, work.panels(), wide);
     }
   }
+}
+
+template <class T, class W>
+void run(const MatmulArgs& args) {
+  args.out_dtype == DType::kBFloat16 ? run<T, W, bf16>(args) : run<T, W, float>(args);
 }
 
 }  // namespace
 
 void segment_matmul(const MatmulArgs& args) {
   if (args.plan.kept == 0 || args.out_features == 0) return;
-  const bool narrow_in = args.dtype == DType::kBFloat16;
-  const bool narrow_out = args.out_dtype == DType::kBFloat16;
-  if (narrow_in)
-    narrow_out ? run<bf16, bf16>(args) : run<bf16, float>(args);
+  const bool narrow = args.dtype == DType::kBFloat16;
+  if (args.weight_dtype == DType::kInt8)
+    narrow ? run<bf16, int8_t>(args) : run<float, int8_t>(args);
   else
-    narrow_out ? run<float, bf16>(args) : run<float, float>(args);
+    narrow ? run<bf16, bf16>(args) : run<float, float>(args);
 }
 
 }  // namespace pyrt::PYRT_ISA

@@ -199,15 +199,17 @@ def segment_matmul(
     out_dtype: torch.dtype | None = None,
     alpha: float = 1.702,
     limit: float = 7.0,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Packed rows [capacity, K], or with ``rows`` those of x [N, K], times a `Weight`'s data.
 
-    Without offsets every row of x runs. Epilogues of a pair take a `Weight.pack_gate_up`.
+    Without offsets every row of x runs. Epilogues of a pair take a `Weight.pack_gate_up`, int8
+    panels their scale.
     """
     if offsets is None and rows is not None:
         raise InvalidInput("segment_matmul: rows need offsets")
     layout = "dense" if weight.dim() == 3 else "panel"
-    matrices = Weight(weight, out_features, in_features, layout, epilogue in PAIRED)
+    matrices = Weight(weight, out_features, in_features, layout, epilogue in PAIRED, scale)
     capacity, plan = (x if rows is None else rows).shape[0], None
     if offsets is not None:
         index = offsets.new_empty(capacity) if rows is None else rows

@@ -14,6 +14,7 @@ from pyruntime.ops import native
 COMPILED_PER_SET = (
     "test_move.py",
     "test_matmul.py",
+    "test_quantize.py",
     "test_norm.py",
     "test_attention.py",
     "test_batch_invariance.py",
@@ -23,7 +24,7 @@ FLAGS = {
     "portable": set(),
     "avx2": {"avx2", "fma"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
-    "avx512_bf16": {"avx512f", "avx512_bf16"},
+    "avx512_bf16": {"avx512f", "avx512_bf16", "avx512vbmi"},
 }
 
 

@@ -77,6 +77,8 @@ def test_segment_matmul(shape: tuple[int, int, int, int], dtype: torch.dtype) ->
     pair = Weight.pack_gate_up(half, half)
     out = {"epilogue": "silu_mul", "out_dtype": torch.float32}
     check(lib.segment_matmul, x, pair.data, 10, width, **out)
+    small = weight.quantize()
+    check(lib.segment_matmul, x, small.data, 7, width, offsets, rows, scale=small.scale)
     out = {"epilogue": "swiglu_oai", "alpha": 1.5, "limit": 2.0}
     check(lib.segment_matmul, x, pair.data, 10, width, **out)
 

@@ -12,8 +12,29 @@ from torch import Tensor
 from pyruntime.errors import InvalidInput
 from pyruntime.ops.native.binding import F32, I32, check, check_float, cpu, refuse
 
-_CACHE_RANK = {torch.bfloat16: (5, 6), torch.float32: (4, 5)}  # of keys and of values
 _BLOCK = 32  # kBlock and kHeadPad of csrc/ops.h
+
+
+def _check_all(
+    op: str,
+    dtype: torch.dtype,
+    names: tuple[str, ...],
+    ranks: tuple[int, ...],
+    tensors: tuple[Tensor, ...],
+) -> None:
+    """`check` of several tensors for the price of one call."""
+    for tensor, rank in zip(tensors, ranks, strict=True):
+        if (
+            tensor.dtype is not dtype
+            or tensor.dim() != rank
+            or not tensor.is_contiguous()
+            or not tensor.is_cpu
+        ):
+            break
+    else:
+        return
+    for name, rank, tensor in zip(names, ranks, tensors, strict=True):
+        check(op, name, tensor, dtype, rank)
 
 
 def _check_heads(op: str, width: int, cos_sin: Tensor, norm: Tensor | None, head_dim: int) -> None:
@@ -24,37 +45,34 @@ def _check_heads(op: str, width: int, cos_sin: Tensor, norm: Tensor | None, head
         raise refuse(op, "cos_sin", f"[positions, {head_dim}]", cos_sin)
     if norm is not None:
         check(op, "norm", norm, F32, 1)
-        if norm.shape[0] != head_dim:
+        if norm.numel() != head_dim:
             raise refuse(op, "norm", f"[{head_dim}]", norm)
 
 
 def _check_rows(op: str, rows: Tensor | None, positions: Tensor, count: int) -> int:
     """Address of rows, one for each of ``count``; without rows there must be as many positions."""
-    check(op, "positions", positions, I32, 1)
     if rows is None:
-        if positions.shape[0] != count:
+        if positions.numel() != count:
             raise refuse(op, "positions", f"[{count}]", positions)
         return 0
     check(op, "rows", rows, I32, 1)
-    if rows.shape[0] != count:
+    if rows.numel() != count:
         raise refuse(op, "rows", f"[{count}]", rows)
     return rows.data_ptr()
 
 
 def _check_cache(op: str, keys: Tensor, values: Tensor, dtype: torch.dtype, head_dim: int) -> int:
     """Heads of a layer of `pyruntime.layers.kv.PagedKV` that holds heads of ``head_dim``."""
-    ranks = _CACHE_RANK[dtype]
-    check(op, "keys", keys, dtype, ranks[0])
-    check(op, "values", values, dtype, ranks[1])
-    blocks, heads = keys.shape[:2]
-    padded = -(-head_dim // _BLOCK) * _BLOCK
-    size = blocks * heads * padded * _BLOCK
-    if keys.numel() != size or values.numel() != size or values.shape[1] != heads:
+    ranks = (5, 6) if dtype is torch.bfloat16 else (4, 5)
+    _check_all(op, dtype, ("keys", "values"), ranks, (keys, values))
+    shape = keys.shape
+    size = shape[0] * shape[1] * -(-head_dim // _BLOCK) * _BLOCK * _BLOCK
+    if keys.numel() != size or values.numel() != size:
         raise InvalidInput(
-            f"{op}: a cache of {blocks} blocks and {heads} heads of {head_dim} has {size} keys and "
-            f"as many values, got {list(keys.shape)} and {list(values.shape)}"
+            f"{op}: a cache of {shape[0]} blocks and {shape[1]} heads of {head_dim} has {size} "
+            f"keys and as many values, got {list(shape)} and {list(values.shape)}"
         )
-    return heads
+    return shape[1]
 
 
 def rotate(
@@ -70,6 +88,7 @@ def rotate(
     code = check_float("rotate", "q", q, 2)
     count, width = q.shape
     _check_heads("rotate", width, cos_sin, norm, head_dim)
+    check("rotate", "positions", positions, I32, 1)
     chosen = _check_rows("rotate", rows, positions, count)
     cpu.rotate(
         q.data_ptr(),
@@ -101,9 +120,9 @@ def append(
     code = check_float("append", "kv", kv, 2)
     count, width = kv.shape
     _check_heads("append", width, cos_sin, key_norm, head_dim)
+    _check_all("append", I32, ("positions", "slots"), (1, 1), (positions, slots))
     _check_rows("append", None, positions, count)
-    check("append", "slots", slots, I32, 1)
-    if slots.shape[0] != count:
+    if slots.numel() != count:
         raise refuse("append", "slots", f"[{count}]", slots)
     heads = _check_cache("append", keys, values, kv.dtype, head_dim)
     if width != 2 * heads * head_dim:
@@ -140,9 +159,11 @@ def attention(
     """Causal attention over the paged cache; see `pyruntime.ops.reference.attention`."""
     code = check_float("attention", "q", q, 2)
     count, width = q.shape
+    _check_all(
+        "attention", I32, ("positions", "sequences", "block_tables"), (1, 1, 2),
+        (positions, sequences, block_tables),
+    )  # fmt: skip
     chosen = _check_rows("attention", rows, positions, count)
-    check("attention", "sequences", sequences, I32, 1)
-    check("attention", "block_tables", block_tables, I32, 2)
     kv_heads = _check_cache("attention", keys, values, q.dtype, head_dim)
     heads = width // head_dim
     if heads * head_dim != width or heads % kv_heads or window < 0:
@@ -150,11 +171,11 @@ def attention(
             f"attention: {width} columns must be a multiple of {kv_heads} KV heads of {head_dim}, "
             f"and window at least 0, got {window}"
         )
-    if sequences.shape[0] != positions.shape[0]:
-        raise refuse("attention", "sequences", f"[{positions.shape[0]}]", sequences)
+    if sequences.numel() != positions.numel():
+        raise refuse("attention", "sequences", f"[{positions.numel()}]", sequences)
     if sinks is not None:
         check("attention", "sinks", sinks, F32, 1)
-        if sinks.shape[0] != heads:
+        if sinks.numel() != heads:
             raise refuse("attention", "sinks", f"[{heads}]", sinks)
     out = torch.empty_like(q)
     cpu.attention(

@@ -30,15 +30,16 @@ def segment_matmul(
     """Grouped matmul; see `pyruntime.ops.reference.segment_matmul`."""
     code = check_float("segment_matmul", "x", x, 2)
     data = weight.data
+    quantized = data.dtype is torch.int8
     if (
-        data.dtype is not x.dtype
+        (data.dtype is not x.dtype and not quantized)
         or x.shape[1] != weight.in_features
         or weight.layout != "panel"
         or not data.is_contiguous()
     ):
         raise InvalidInput(
             f"segment_matmul: x {x.dtype} {list(x.shape)} needs contiguous panels of that dtype "
-            f"with K={x.shape[1]}, got {weight.layout} {data.dtype} K={weight.in_features}"
+            f"or int8 with K={x.shape[1]}, got {weight.layout} {data.dtype} K={weight.in_features}"
         )
     mode = _EPILOGUES.get(epilogue)
     paired = epilogue in PAIRED
@@ -74,7 +75,17 @@ def segment_matmul(
         out = torch.empty(kept, width, dtype=to)
     else:
         check_out("segment_matmul", out, to, kept, width)
-    bias_address = 0
+    scale_address = bias_address = 0
+    if quantized:
+        scale = weight.scale
+        if scale is None:
+            raise InvalidInput("segment_matmul: int8 weights need a scale, got None")
+        check("segment_matmul", "scale", scale, F32, 2)
+        if scale.shape != (weight.segments, weight.out_features):
+            raise refuse(
+                "segment_matmul", "scale", f"[{weight.segments}, {weight.out_features}]", scale
+            )
+        scale_address = scale.data_ptr()
     if bias is not None:
         check("segment_matmul", "bias", bias, F32, bias.dim())
         if bias.numel() != weight.segments * weight.out_features:
@@ -86,6 +97,7 @@ def segment_matmul(
         cpu.segment_matmul(
             x.data_ptr(),
             data.data_ptr(),
+            scale_address,
             bias_address,
             out.data_ptr(),
             rows,
@@ -95,6 +107,7 @@ def segment_matmul(
             weight.in_features,
             weight.out_features,
             code,
+            2 if quantized else code,
             CODES[to],
             mode,
             alpha,

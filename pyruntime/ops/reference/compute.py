@@ -29,7 +29,7 @@ def segment_matmul(
 
     Args:
         x: packed rows [R, K], or source rows [N, K] with ``gather``.
-        weight: S matrices [N_out, K] of x's dtype.
+        weight: S matrices [N_out, K] of x's dtype, or int8.
         plan: None for one matrix over all rows.
         gather: read row ``plan.rows[r]`` of x instead of row r.
         epilogue: none, gelu (erf), silu, relu; or of an interleaved pair, gate being the first
