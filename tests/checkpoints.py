@@ -116,10 +116,10 @@ def write_hf_folder(
         config |= {"dtype": name, "rope_parameters": rope}
     else:
         config |= {"torch_dtype": name, "rope_theta": rope_theta, "rope_scaling": rope_scaling}
-    _write_json(folder / "config.json", config | (config_extra or {}))
-    _write_weights(folder, state, files, shards)
+    write_json(folder / "config.json", config | (config_extra or {}))
+    write_weights(folder, state, files, shards)
     if tokenizer:
-        _write_tokenizer(folder)
+        write_tokenizer(folder)
     return state
 
 
@@ -215,7 +215,7 @@ def write_gateskip_pt(
         }  # fmt: skip
         notes |= sidecar or {}
         notes = {key: value for key, value in notes.items() if value is not None}
-        _write_json(path.with_suffix(".json"), notes)
+        write_json(path.with_suffix(".json"), notes)
     return state
 
 
@@ -237,11 +237,11 @@ def _relative(target: Path, start: Path) -> Path:
     return Path(os.path.relpath(target.resolve(), start.resolve()))
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
+def write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n")
 
 
-def _write_weights(folder: Path, state: State, files: str, shards: int) -> None:
+def write_weights(folder: Path, state: State, files: str, shards: int) -> None:
     stem, suffix = ("model", "safetensors") if files == "safetensors" else ("pytorch_model", "bin")
 
     def save(part: State, name: str) -> None:
@@ -260,10 +260,10 @@ def _write_weights(folder: Path, state: State, files: str, shards: int) -> None:
         part = names[n::shards]
         save({name: state[name] for name in part}, file)
         where |= dict.fromkeys(part, file)
-    _write_json(folder / f"{stem}.{suffix}.index.json", {"metadata": {}, "weight_map": where})
+    write_json(folder / f"{stem}.{suffix}.index.json", {"metadata": {}, "weight_map": where})
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     # GPT-2's byte alphabet: printable bytes stand for themselves, the others are moved up.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in printable]
@@ -272,7 +272,7 @@ def _write_tokenizer(folder: Path) -> None:
     special = ["<pad>", "<s>", "</s>"]
     vocab = {word: n for n, word in enumerate(special)}
     vocab |= {letters[byte]: 3 + byte for byte in range(256)}
-    _write_json(folder / "tokenizer.json", {
+    write_json(folder / "tokenizer.json", {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [
             {"id": n, "content": word, "single_word": False, "lstrip": False, "rstrip": False,
@@ -289,7 +289,7 @@ def _write_tokenizer(folder: Path) -> None:
                   "continuing_subword_prefix": None, "end_of_word_suffix": None,
                   "fuse_unk": False, "byte_fallback": False},
     })  # fmt: skip
-    _write_json(folder / "tokenizer_config.json", {
+    write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
         "pad_token": "<pad>", "add_bos_token": True,
         "chat_template": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n"

@@ -14,7 +14,7 @@ import pyruntime
 from pyruntime.cli import main
 from pyruntime.cli.doctor import openmp
 from pyruntime.cli.generate import shade
-from tests.profile.models import gated, ungated
+from tests.profile.models import gated, mixtral, ungated
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,7 +65,9 @@ def test_convert_and_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert run("inspect", tmp_path / "new") == 0
     assert "bfloat16" in capsys.readouterr().out
     assert "exists" in error(capsys, "convert", tmp_path / "hf", tmp_path / "new")
-    assert run("convert", tmp_path / "hf", tmp_path / "new", "--overwrite") == 0
+    small = (tmp_path / "hf", tmp_path / "new", "--overwrite", "--quantize", "int8")
+    assert run("convert", *small) == 0
+    assert ", int8) to" in capsys.readouterr().out
 
 
 def test_generate_prints_text_and_totals(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,6 +126,49 @@ def test_calibrate_and_profile(
     assert "<svg" in (tmp_path / "p.html").read_text()
 
 
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    folder = mixtral(tmp_path_factory.mktemp("experts"))
+    assert main(["calibrate", str(folder), "--data", str(text), "--length", "64"]) == 0
+    return folder
+
+
+def test_generate_with_fewer_experts(experts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("generate", experts, "--prompt", "def f(x):\n", "--max-tokens", "6")
+    assert run(*words) == 0
+    assert "2.00 of 2 experts per token, mean compute 100.0%" in capsys.readouterr().out
+    assert run(*words, "--experts", "1") == 0
+    out = capsys.readouterr().out
+    assert "1.00 of 2 experts per token (slots=1), mean compute" in out
+    for limits in (("--experts", "mass=0.7,gap=0.5"), ("--budget", "0.75")):
+        assert run(*words, *limits) == 0
+        totals = capsys.readouterr().out.rstrip().splitlines()[-1]
+        assert 1 < float(totals.partition(" of 2 experts")[0].split()[-1]) < 2
+
+
+def test_profile_over_experts(
+    tmp_path: Path, experts: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("profile", experts, "--data", text, "--length", "64", "--repeats", "1")
+    for sweep, values in {"experts=2,1": [2, 1], "mass=0.9,0.6": [0.9, 0.6]}.items():
+        axis = sweep.partition("=")[0]
+        assert run(*words, "--sweep", sweep, "--json", tmp_path / "p.json") == 0
+        assert "mean experts" in capsys.readouterr().out
+        rows = json.loads((tmp_path / "p.json").read_text())["rows"]
+        assert [row[axis] for row in rows] == [None, *values]
+    for sweep in ("depth=1", "experts", "experts=", "experts=1.5", "mass=2", "gap=a", "experts=3"):
+        refusal = error(capsys, *words, "--sweep", sweep)
+        assert "sweep" in refusal or "experts: " in refusal
+
+
+@pytest.mark.parametrize("limits", ["two", "mass", "mass=", "mass=a", "depth=1", "0", "mass=1.5"])
+def test_expert_limits_that_are_refused(
+    limits: str, experts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("generate", experts, "--prompt", "x", "--experts", limits)
+    assert "experts: " in error(capsys, *words)
+
+
 def test_refusals_are_one_line(
     tmp_path: Path, model: Path, plain: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +180,7 @@ def test_refusals_are_one_line(
     assert "run `pyruntime calibrate`" in error(
         capsys, "generate", plain, *prompt, "--budget", "0.5"
     )
+    assert "experts is set, but" in error(capsys, *generate, *prompt, "--experts", "1")
     assert "empty" in error(capsys, *generate, "--prompt", "")
     assert "at least one token" in error(capsys, *generate, "--prompt-ids", "")
     assert "expected integers" in error(capsys, *generate, "--prompt-ids", "1,x")

@@ -25,6 +25,7 @@ def convert(args: argparse.Namespace) -> int:
             args.src,
             args.dst,
             dtype=args.dtype,
+            quantize=args.quantize,
             base=args.base,
             sidecar=args.sidecar,
             dry_run=args.dry_run,
@@ -77,18 +78,20 @@ def calibrate(args: argparse.Namespace) -> int:
 
 
 def profile(args: argparse.Namespace) -> int:
+    from pyruntime.cli import policies
     from pyruntime.engine.runtime import load
     from pyruntime.profile import report
     from pyruntime.profile.sweep import sweep
 
-    budgets, modes = _budgets(args.sweep), args.mode.split(",")
+    axis, values = policies.sweep(args.sweep)
     runtime = load(args.model)
     with progress_bar("profiling") as progress:
         result = sweep(
             runtime,
             _corpus(args, runtime),
-            budgets,
-            modes,
+            values,
+            args.mode.split(","),
+            axis=axis,
             call_tokens=args.call_tokens,
             repeats=args.repeats,
             progress=progress,
@@ -161,14 +164,3 @@ def _corpus(args: argparse.Namespace, runtime: Runtime) -> Corpus:
         length=length,
         limit=args.tokens,
     )
-
-
-def _budgets(sweep: str) -> list[float]:
-    name, _, values = sweep.partition("=")
-    try:
-        budgets = [float(value) for value in values.split(",")]
-    except ValueError:
-        budgets = []
-    if name != "budget" or not budgets:
-        raise InvalidInput(f"--sweep: expected budget=1.0,0.9,… got {sweep!r}")
-    return budgets

@@ -9,6 +9,7 @@ import time
 import torch
 from torch import Tensor
 
+from pyruntime.cli import policies
 from pyruntime.engine.detokenize import Detokenizer
 from pyruntime.engine.engine import Prompt
 from pyruntime.engine.llm import LLM
@@ -40,7 +41,11 @@ def generate(args: argparse.Namespace) -> int:
     """Streams the text to stdout, then one line of totals."""
     runtime = _Recorder(read(args.model))
     runtime.traces = []
-    policy = ComputePolicy(budget=args.budget, mode=args.mode)
+    policy = ComputePolicy(
+        budget=args.budget,
+        mode=args.mode,
+        experts=None if args.experts is None else policies.experts(args.experts),
+    )
     sampling = SamplingParams(
         temperature=args.temperature,
         top_p=args.top_p,
@@ -102,12 +107,25 @@ def _totals(runtime: _Recorder, output: RequestOutput, seconds: float) -> str:
     made = len(output.outputs[0].token_ids)
     executed = sum(trace.macs_executed for trace in runtime.traces)
     dense = sum(trace.macs_dense for trace in runtime.traces)
-    saved = 1 - executed / dense if dense else 0.0  # an ungated model keeps no traces
+    saved = 1 - executed / dense if dense else 0.0  # a model that decides nothing keeps no traces
     return (
         f"{len(output.prompt_token_ids)} prompt + {made} new tokens, budget "
-        f"{output.policy.budget:g} ({output.policy.mode}), mean compute {output.compute_mean:.1%}, "
-        f"MACs saved {saved:.1%}, {made / seconds:.1f} tokens/s"
+        f"{output.policy.budget:g} ({output.policy.mode}), {_experts(runtime, output)}"
+        f"mean compute {output.compute_mean:.1%}, MACs saved {saved:.1%}, "
+        f"{made / seconds:.1f} tokens/s"
     )
+
+
+def _experts(runtime: _Recorder, output: RequestOutput) -> str:
+    """How many ran, and the limits that were asked for; empty without experts."""
+    experts, limits = runtime.spec.experts, output.policy.expert_policy
+    if experts is None:
+        return ""
+    k, asked = experts.experts_per_token, "" if limits is None else f" ({limits})"
+    used = [(trace.experts_per_token or 0.0, trace.budgets.shape[0]) for trace in runtime.traces]
+    rows = sum(count for _, count in used)
+    mean = sum(per * count for per, count in used) / rows if rows else k
+    return f"{mean:.2f} of {k} experts per token{asked}, "
 
 
 def _ids(text: str) -> list[int]:

@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     _inspect(add("inspect", help="what a runtime folder holds"))
     _generate(add("generate", help="continue a prompt, shaded by the compute each token used"))
     _calibrate(add("calibrate", help="thresholds per budget, and the default budget"))
-    _profile(add("profile", help="accuracy, exact work and measured time over budgets"))
+    _profile(add("profile", help="accuracy, exact work and measured time over policies"))
     _serve(add("serve", help="OpenAI-compatible HTTP server"))
     _bench(add("bench", help="the benchmarks of a source checkout"))
     doctor = add("doctor", help="what was found on this machine, and how to get what is missing")
@@ -35,6 +35,7 @@ def _convert(p: argparse.ArgumentParser) -> None:
     p.add_argument("src", type=Path, help="Hugging Face folder, or GateSkip state dict")
     p.add_argument("dst", type=Path, help="folder to write")
     p.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    p.add_argument("--quantize", choices=("int8",), help="matrices as int8, a scale per channel")
     p.add_argument("--base", type=Path, help="folder of the base model (config and tokenizer)")
     p.add_argument("--sidecar", type=Path, help="JSON that describes the gates")
     p.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
@@ -54,6 +55,7 @@ def _generate(p: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt", help="text")
     prompt.add_argument("--prompt-ids", help="token ids, separated by commas or spaces")
     p.add_argument("--budget", type=float, help="share of the model to run, in [0, 1]")
+    p.add_argument("--experts", help="experts per token: 1, mass=0.8, gap=0.3 or several limits")
     p.add_argument("--mode", choices=_MODES, default="calibrated", help="calibrated is causal")
     p.add_argument("--max-tokens", type=int, default=128)
     p.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
@@ -82,7 +84,12 @@ def _calibrate(p: argparse.ArgumentParser) -> None:
 def _profile(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", type=Path)
     _data(p, tokens=16384)
-    p.add_argument("--sweep", default="budget=1.0,0.9,0.8,0.7,0.6,0.5", metavar="budget=B,…")
+    p.add_argument(
+        "--sweep",
+        default="budget=1.0,0.9,0.8,0.7,0.6,0.5",
+        metavar="budget=B,…",
+        help="what to vary: budget=…, or in expert layers experts=…, gap=… or mass=…",
+    )
     p.add_argument("--mode", default="calibrated", metavar="MODE,…", help=", ".join(_MODES))
     p.add_argument("--call-tokens", type=int, default=2048, help="tokens prefilled in one call")
     p.add_argument("--repeats", type=int, default=7, help="timed runs of each row")

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from pyruntime.format.manifest import read_manifest
 from pyruntime.format.spec import decoder_tensors, to_dict
 
-_PARTS = ("embedding", "attention", "mlp", "norms", "gates", "head")
+_PARTS = ("embedding", "attention", "mlp", "experts", "routers", "norms", "gates", "head")
+_GATE = re.compile(r"gates\.|layers\.\d+\.(attn|mlp)\.gate\.")
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Plain JSON types; reads runtime.json only. A tied head counts once, as the embedding.
+
+    Shared experts count as experts.
 
     Raises:
         FormatError: not a model folder, or its runtime.json is malformed.
@@ -25,7 +29,8 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     sizes = dict.fromkeys(_PARTS, 0)
     for tensor in decoder_tensors(manifest.spec, manifest.gates):
         part = _part(tensor.name)
-        parameters[part] += math.prod(tensor.shape)
+        if not tensor.name.endswith("_scale"):  # how a number is stored is no further number
+            parameters[part] += math.prod(tensor.shape)
         sizes[part] += tensor.nbytes
     return {
         "path": str(folder),
@@ -53,7 +58,7 @@ def text(path: str | os.PathLike[str]) -> str:
     tied = "tied" if spec["tie_embeddings"] else "own head"
     scaling = (spec["rope_scaling"] or {}).get("rope_type", "no scaling")
     rows = [
-        ("model", f"{spec['source_family']} decoder, {spec['dtype']}"),
+        ("model", f"{spec['source_family']} decoder, {spec['dtype']}{_quantization_text(spec)}"),
         ("layers", f"{spec['num_layers']} of width {spec['hidden_size']}, "
                    f"MLP {spec['intermediate_size']}"),
         ("heads", f"{spec['num_heads']} query, {spec['num_kv_heads']} key/value, "
@@ -62,6 +67,8 @@ def text(path: str | os.PathLike[str]) -> str:
                        f"end tokens {spec['eos_token_ids']}"),
         ("positions", f"{spec['max_positions']}, rope theta {spec['rope_theta']:g}, {scaling}"),
     ]  # fmt: skip
+    if spec["experts"]:
+        rows += _expert_rows(spec["experts"], spec["num_layers"])
     for part in ("total", *_PARTS):
         if facts["parameters"][part]:
             count, size = facts["parameters"][part], facts["bytes"][part]
@@ -73,6 +80,29 @@ def text(path: str | os.PathLike[str]) -> str:
     rows += [(key, str(value)) for key, value in facts["provenance"].items()]
     width = max(len(name) for name, _ in rows)
     return "\n".join([facts["path"], *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+
+def _quantization_text(spec: dict[str, Any]) -> str:
+    return f", matrices {spec['quantization']}" if spec["quantization"] else ""
+
+
+def _expert_rows(experts: dict[str, Any], layers: int) -> list[tuple[str, str]]:
+    router, count = experts["router"], len(experts["layers"])
+    gated = ", gated" if experts["shared_gate"] else ""
+    shared = f"; shared {experts['shared_size']}{gated}" if experts["shared_size"] else ""
+    rules = [
+        "sparse mixer" if router["kind"] == "sparse_mixer" else f"top-k of {router['score']}",
+        "softmax over the chosen" if router["over_chosen"] else "",
+        "normalised" if router["normalize"] else "",
+        f"{router['top_groups']} of {router['groups']} groups" if router["groups"] > 1 else "",
+        "selection bias" if router["selection_bias"] else "",
+        f"times {router['scale']:g}" if router["scale"] != 1 else "",
+    ]
+    return [
+        ("experts", f"{experts['experts_per_token']} of {experts['num_experts']} a token, "
+                    f"{experts['intermediate_size']} wide, in {count} of {layers} layers{shared}"),
+        ("router", ", ".join(rule for rule in rules if rule)),
+    ]  # fmt: skip
 
 
 def _gate_text(gates: dict[str, Any]) -> str:
@@ -97,7 +127,7 @@ def _calibration_text(calibration: dict[str, Any]) -> str:
 
 
 def _part(name: str) -> str:
-    if name.startswith("gates.") or ".gate." in name:
+    if _GATE.match(name):
         return "gates"
     if name.startswith("embed."):
         return "embedding"
@@ -105,4 +135,8 @@ def _part(name: str) -> str:
         return "head"
     if "norm." in name:
         return "norms"
+    if ".router." in name:
+        return "routers"
+    if ".experts." in name or ".shared." in name:
+        return "experts"
     return "attention" if ".attn." in name else "mlp"

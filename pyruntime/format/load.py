@@ -21,7 +21,7 @@ from pyruntime.format.manifest import (
     read_manifest,
     write_manifest,
 )
-from pyruntime.format.spec import DecoderSpec, GateSpec, TensorSpec, decoder_tensors
+from pyruntime.format.spec import STORED_DTYPES, DecoderSpec, GateSpec, TensorSpec, decoder_tensors
 from pyruntime.ops.weight import Weight
 
 
@@ -135,7 +135,7 @@ def _header_problems(path: Path, shard: str, manifest: Manifest) -> list[str]:
     problems = [f"{path}: missing tensor {name}" for name in wanted if name not in held]
     problems += [f"{path}: unknown tensor {name}" for name in held if name not in wanted]
     for name, tensor in wanted.items():
-        must = (tensor.stored_shape, {"bfloat16": "BF16", "float32": "F32"}.get(tensor.dtype))
+        must = (tensor.stored_shape, STORED_DTYPES.get(tensor.dtype))
         if name in held and held[name] != must:
             is_text = f"{held[name][1]} {_text(held[name][0])}"
             problems.append(f"{path}: tensor {name} is stored as {is_text}, "
@@ -144,20 +144,26 @@ def _header_problems(path: Path, shard: str, manifest: Manifest) -> list[str]:
 
 
 def _map_tensors(folder: Path, manifest: Manifest) -> dict[str, Tensor | Weight]:
-    tensors: dict[str, Tensor | Weight] = {}
+    stored: dict[str, Tensor] = {}
     for shard in manifest.shards:
         with safe_open(folder / shard, framework="pt") as file:
-            for name, (home, tensor) in manifest.placement.items():
+            for name, (home, _) in manifest.placement.items():
                 if home == shard:
-                    tensors[name] = _wrap(file.get_tensor(name), tensor)
-    return {name: tensors[name] for name in manifest.placement}
+                    stored[name] = file.get_tensor(name)
+    return {
+        name: _wrap(stored[name], tensor, stored.get(f"{name}_scale"))
+        for name, (_, tensor) in manifest.placement.items()
+    }
 
 
-def _wrap(data: Tensor, tensor: TensorSpec) -> Tensor | Weight:
+def _wrap(data: Tensor, tensor: TensorSpec, scale: Tensor | None) -> Tensor | Weight:
     if tensor.layout == "plain":
         return data
-    rows, columns = tensor.shape
-    return Weight(data, rows, columns, "panel", interleaved=tensor.layout == "gate_up")
+    rows, columns = tensor.shape[-2:]
+    pair = tensor.layout == "gate_up"
+    if scale is None:
+        return Weight(data, rows, columns, "panel", pair)
+    return Weight(data, rows, columns, "panel", pair, scale.view(tensor.segments, rows))
 
 
 def _text(value: object) -> str:

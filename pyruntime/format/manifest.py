@@ -126,8 +126,14 @@ def sync_folder(folder: Path) -> None:
 
 def calibration_problems(data: object, spec: DecoderSpec, gates: GateSpec | None) -> list[str]:
     """What is wrong with a calibration record of this model; empty when it can be used."""
-    if gates is None:
-        return ["calibration: the model has no gates"]
+    kind: str
+    if gates is not None:
+        kind, shape, least = gates.kind, [spec.num_layers, 2], 0.0
+    elif spec.experts is not None:
+        kind, shape = "experts", [len(spec.experts.layers)]
+        least = 1 / spec.experts.experts_per_token
+    else:
+        return ["calibration: the model has no gates and no experts"]
     if not isinstance(data, dict):
         return [f"calibration: expected an object, is {type(data).__name__}"]
     needed = ("kind", "budgets", "thresholds", "kept", "tokens", "data_sha256", "default_budget")
@@ -135,33 +141,37 @@ def calibration_problems(data: object, spec: DecoderSpec, gates: GateSpec | None
     if missing:
         return missing
     problems = []
-    if data["kind"] != gates.kind:
-        problems.append(f"calibration: kind is {data['kind']!r}, expected {gates.kind!r}")
+    if data["kind"] != kind:
+        problems.append(f"calibration: kind is {data['kind']!r}, expected {kind!r}")
     budgets, thresholds, kept = data["budgets"], data["thresholds"], data["kept"]
     if not (_numbers(budgets) and budgets and all(0 <= b <= 1 for b in budgets)):
         return [*problems, f"calibration: budgets must be numbers in [0, 1], are {budgets!r}"]
     if any(b <= a for a, b in zip(budgets[1:], budgets, strict=False)):
         problems.append(f"calibration: budgets must descend, are {budgets}")
+    if kind == "experts" and not math.isclose(budgets[-1], least):
+        problems.append(
+            f"calibration: the last budget must be {least:g}, one expert, is {budgets[-1]}"
+        )
     default = data["default_budget"]
-    if not (_numbers([default]) and 0 <= default <= 1):
-        problems.append(f"calibration: default_budget must be in [0, 1], is {default!r}")
+    if not (_numbers([default]) and least <= default <= 1):
+        problems.append(f"calibration: default_budget must be in [{least:g}, 1], is {default!r}")
     if not (isinstance(kept, list) and len(kept) == len(budgets)):
         problems.append(f"calibration: kept must hold one entry per budget ({len(budgets)})")
-    fits = isinstance(thresholds, list) and len(thresholds) == len(budgets)
-    if not (fits and all(_is_grid(grid, spec.num_layers) for grid in thresholds)):
+    if not _is_grid(thresholds, [len(budgets), *shape]):
         problems.append(
-            f"calibration: thresholds must be numbers or null of shape "
-            f"[{len(budgets)}, {spec.num_layers}, 2]"
+            f"calibration: thresholds must be numbers or null of shape {[len(budgets), *shape]}"
         )
     return problems
 
 
-def _is_grid(grid: object, layers: int) -> bool:
+def _is_grid(value: object, shape: list[int]) -> bool:
+    """Whether nested lists of numbers or null have a shape."""
+    if not shape:
+        return value is None or _numbers([value])
     return (
-        isinstance(grid, list)
-        and len(grid) == layers
-        and all(isinstance(row, list) and len(row) == 2 for row in grid)
-        and all(tau is None or _numbers([tau]) for row in grid for tau in row)
+        isinstance(value, list)
+        and len(value) == shape[0]
+        and all(_is_grid(entry, shape[1:]) for entry in value)
     )
 
 

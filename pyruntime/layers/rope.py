@@ -69,4 +69,5 @@ def _yarn(frequency: Tensor, scaling: dict[str, Any], theta: float) -> Tensor:
     low, high = max(low, 0), min(high, 2 * count - 1)
     width = high - low or 0.001
     ramp = ((torch.arange(count, dtype=torch.float32) - low) / width).clamp(0.0, 1.0)
-    return frequency / scaling["factor"] * ramp + frequency * (1 - ramp)
+    slowed: Tensor = frequency / scaling["factor"]
+    return slowed * ramp + frequency * (1 - ramp)

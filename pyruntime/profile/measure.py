@@ -29,8 +29,8 @@ class Ticker:
     def __init__(self, total: int, progress: Progress | None) -> None:
         self._done, self._total, self._progress = 0, total, progress
 
-    def __call__(self) -> None:
-        self._done += 1
+    def __call__(self, passes: int = 1) -> None:
+        self._done += passes
         if self._progress is not None:
             self._progress(self._done, self._total)
 
@@ -84,7 +84,10 @@ class Quality:
         accuracy: share of predictions whose most likely token was right.
         skipped_share: GateSkip's own metric: mean, over calls and gated branches, of the share of
             valid rows that were skipped.
-        macs_executed, macs_dense: multiply-accumulates of it, and of the ungated dense model.
+        macs_executed, macs_dense: multiply-accumulates of it, and of the ungated dense model with
+            all its experts.
+        experts_per_token: mean number of routed experts a valid row ran in an expert layer; None
+            without such layers.
     """
 
     tokens: int
@@ -93,6 +96,7 @@ class Quality:
     skipped_share: float
     macs_executed: int
     macs_dense: int
+    experts_per_token: float | None = None
 
 
 def calls_of(sequences: Sequence[Sequence[int]], spec: DecoderSpec, rows: int) -> list[Call]:
@@ -139,7 +143,7 @@ def evaluate(
     Raises:
         InvalidInput: the model cannot honour the policy.
     """
-    loss, correct, count, executed, dense = 0.0, 0, 0, 0, 0
+    loss, correct, count, executed, dense, used, choosing = 0.0, 0, 0, 0, 0, 0, 0
     skipped: list[float] = []
     for call in calls:
         logits, router = run(runtime, call, call.batch, policy, call.cache())
@@ -153,9 +157,19 @@ def evaluate(
         executed += trace.macs_executed
         dense += trace.macs_dense
         skipped.append(_skipped(runtime, call, trace))
+        if trace.experts is not None:
+            ran = trace.experts[:, call.valid] >= 0  # [M, valid, K]
+            used += int(ran.sum())
+            choosing += ran.shape[0] * ran.shape[1]
         tick()
     return Quality(
-        count, math.exp(loss / count), correct / count, sum(skipped) / len(skipped), executed, dense
+        tokens=count,
+        perplexity=math.exp(loss / count),
+        accuracy=correct / count,
+        skipped_share=sum(skipped) / len(skipped),
+        macs_executed=executed,
+        macs_dense=dense,
+        experts_per_token=used / choosing if choosing else None,
     )
 
 

@@ -10,13 +10,11 @@ from dataclasses import asdict
 from pyruntime.profile.sweep import Report, Row
 
 _BUSY = 0.1  # relative interquartile range of the times of one and the same computation
-_HEADERS = ("budget", "mode", "ppl", "accuracy", "change", "skipped", "MACs saved", "prefill",
-            "time saved", "ρ")  # fmt: skip
 
 
 def text(report: Report) -> str:
     """The table and what its columns mean."""
-    rows = [_HEADERS, *(_cells(report, row) for row in report.rows)]
+    rows = _table(report)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{c:>{w}}" for c, w in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
@@ -30,22 +28,20 @@ def to_json(report: Report) -> str:
         prefill = row.prefill
         derived = {name: getattr(prefill, name) for name in ("macs_saved", "time_saved")}
         rows.append({
-            "budget": row.budget, "mode": row.mode, "causal": row.causal,
+            report.axis: row.value, "mode": row.mode, "causal": row.causal,
             "quality": asdict(row.quality),
             "prefill": asdict(prefill) | derived | {"rho": prefill.realised},
         })  # fmt: skip
-    return (
-        json.dumps({"setting": report.setting, "noise": report.noise, "rows": rows}, indent=1)
-        + "\n"
-    )
+    whole = {"axis": report.axis, "setting": report.setting, "noise": report.noise, "rows": rows}
+    return json.dumps(whole, indent=1) + "\n"
 
 
 def to_html(report: Report) -> str:
     """A page with the table and a plot of accuracy against work and time."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in _HEADERS)
+    headers, *rows = _table(report)
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in headers)
     body = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(report, row)) + "</tr>"
-        for row in report.rows
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
     notes = "\n".join(f"<p>{html.escape(note)}</p>" for note in _notes(report))
     return f"""<!doctype html>
@@ -69,17 +65,22 @@ p {{ color: #555; margin: .3rem 0 }}
 
 def _title(report: Report) -> str:
     s = report.setting
+    packing = f"; rows are packed below {s['packed_below']:.0%} kept" if s["gated"] else ""
     return (
         f"{s['model']}: {s['tokens']} tokens; prefill of {s['timed_sequences']} sequences, "
         f"{s['timed_tokens']} tokens, {s['dtype']}, {s['backend']}, {s['threads']} threads, "
-        f"{s['processor']}; rows are packed below {s['packed_below']:.0%} kept"
+        f"{s['processor']}{packing}"
     )
 
 
 def _notes(report: Report) -> list[str]:
-    notes = [
+    gated = (
         "dense: the same weights without gates, the baseline of work and time. Gated weights were "
-        "trained with gates, so changes of accuracy are against the largest gated budget.",
+        f"trained with gates, so changes of accuracy are against the largest {report.axis}."
+    )
+    whole = "dense: the whole model, the baseline of accuracy, work and time."
+    notes = [
+        gated if report.setting["gated"] else whole,
         "MACs saved: exact, gates and keys/values counted, of the timed prefill. prefill: median "
         f"of {report.setting['repeats']} runs in turn with dense ones. ρ: time saved / MACs saved.",
     ]
@@ -98,31 +99,46 @@ def _notes(report: Report) -> list[str]:
 
 
 def _reference(report: Report) -> float:
-    gated = [row for row in report.rows if row.budget is not None]
-    return max(gated, key=lambda row: row.budget or 0.0).quality.accuracy
+    rows = [row for row in report.rows if (row.value is not None) == report.setting["gated"]]
+    return max(rows, key=lambda row: row.value or 0.0).quality.accuracy
 
 
-def _cells(report: Report, row: Row) -> tuple[str, ...]:
+def _table(report: Report) -> list[list[str]]:
+    """Headers, then the cells of every row."""
+    reference = _reference(report)
+    rows = [_cells(report, row, reference) for row in report.rows]
+    return [list(rows[0]), *(list(row.values()) for row in rows)]
+
+
+def _cells(report: Report, row: Row, reference: float) -> dict[str, str]:
+    """Cells by header; every row of a report has the same ones."""
     quality, prefill = row.quality, row.prefill
-    dense = row.budget is None
-    change = quality.accuracy - _reference(report)
-    return (
-        "–" if dense else f"{row.budget:.2f}",
-        row.mode if row.causal else f"{row.mode}*",
-        f"{quality.perplexity:.2f}",
-        f"{quality.accuracy:.2%}",
-        "–" if dense else f"{100 * change:+.2f}",
-        "–" if dense else f"{quality.skipped_share:.1%}",
-        "–" if dense else f"{prefill.macs_saved:.1%}",
-        f"{1e3 * prefill.seconds:.1f} ms",
-        "–" if dense else f"{prefill.time_saved:.1%}",
-        "–" if prefill.realised is None else f"{prefill.realised:.2f}",
-    )
+    cells = {
+        report.axis: f"{row.value or 0:.3g}",
+        "mode": row.mode if row.causal else f"{row.mode}*",
+        "ppl": f"{quality.perplexity:.2f}",
+        "accuracy": f"{quality.accuracy:.2%}",
+        "change": f"{100 * (quality.accuracy - reference):+.2f}",
+        "skipped": f"{quality.skipped_share:.1%}",
+        "mean experts": f"{quality.experts_per_token or 0:.2f}",
+        "MACs saved": f"{prefill.macs_saved:.1%}",
+        "prefill": f"{1e3 * prefill.seconds:.1f} ms",
+        "time saved": f"{prefill.time_saved:.1%}",
+        "ρ": "–" if prefill.realised is None else f"{prefill.realised:.2f}",
+    }
+    if row.value is None:
+        own = (report.axis, "change", "skipped", "MACs saved", "time saved")
+        cells |= dict.fromkeys(own, "–")
+    if quality.experts_per_token is None:
+        del cells["mean experts"]
+    elif not report.setting["gated"]:
+        del cells["skipped"]
+    return cells
 
 
 def _plot(report: Report) -> str:
     """Inline SVG: accuracy over the share of dense work (filled) and of dense time (hollow)."""
-    rows = [row for row in report.rows if row.budget is not None]
+    rows = [row for row in report.rows if row.value is not None]
     work = [1 - row.prefill.macs_saved for row in rows]
     spent = [1 - row.prefill.time_saved for row in rows]
     accuracy = [row.quality.accuracy for row in rows]
@@ -155,10 +171,10 @@ def _plot(report: Report) -> str:
     parts += dots(work, f'fill="{blue}"') + dots(spent, f'fill="none" stroke="{blue}"')
     parts += [
         f'<text x="{x(s):.1f}" y="{y(a) - 10:.1f}" text-anchor="middle" font-size="11">'
-        f"{row.budget:g}</text>"
+        f"{row.value:.3g}</text>"
         for s, a, row in zip(work, accuracy, rows, strict=True)
     ]
     parts.append('<text x="340" y="345" text-anchor="middle" font-size="12">next-token accuracy '
-                 "over the share of dense MACs (filled) and of dense time (hollow); labels are "
-                 "budgets</text></svg>")  # fmt: skip
+                 "over the share of dense MACs (filled) and of dense time (hollow); labels: "
+                 f"{report.axis}</text></svg>")  # fmt: skip
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""Budgets against the ungated model: accuracy, exact work and measured time, side by side."""
+"""Policies against the whole model: accuracy, exact work and measured time, side by side."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import pyruntime
 from pyruntime.engine.runtime import Runtime
 from pyruntime.errors import InvalidInput
-from pyruntime.gates.policy import CAUSAL_MODES, ComputePolicy
+from pyruntime.gates.policy import CAUSAL_MODES, ComputePolicy, ExpertPolicy
 from pyruntime.profile.data import Corpus
 from pyruntime.profile.measure import (
     Call,
@@ -27,6 +27,8 @@ from pyruntime.profile.measure import (
     trace_of,
 )
 
+# What can be swept: the budget, or one limit on the experts of a token.
+AXES = ("budget", "experts", "gap", "mass")
 # Below this share of saved work the denominator of the realised fraction is mostly noise.
 _LEAST_SAVED = 0.01
 
@@ -37,9 +39,9 @@ class Prefill:
 
     Attributes:
         seconds: of this row's policy.
-        dense_seconds: of the ungated model, from the runs that alternated with these.
+        dense_seconds: of the dense model, from the runs that alternated with these.
         macs_executed: multiply-accumulates of the timed call, counted from its plans.
-        macs_dense: those of the ungated dense model on it.
+        macs_dense: those of the dense model on it.
     """
 
     seconds: float
@@ -66,9 +68,12 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One policy; budget None is the ungated model. `causal`: later tokens change nothing."""
+    """One policy, by its value on the axis of the sweep; None is the dense model.
 
-    budget: float | None
+    `causal`: later tokens change nothing.
+    """
+
+    value: float | None
     mode: str
     causal: bool
     quality: Quality
@@ -80,11 +85,13 @@ class Report:
     """A sweep.
 
     Attributes:
-        rows: the ungated model first, then every mode with its budgets.
+        axis: what was varied, one of AXES.
+        rows: the dense model first, then every mode with its values.
         setting: what was measured on what, plain JSON values.
-        noise: interquartile range of the ungated model's own times, over their median.
+        noise: interquartile range of the dense model's own times, over their median.
     """
 
+    axis: str
     rows: list[Row]
     setting: dict[str, str | int | float]
     noise: float
@@ -93,66 +100,83 @@ class Report:
 def sweep(
     runtime: Runtime,
     corpus: Corpus,
-    budgets: Sequence[float],
+    values: Sequence[float],
     modes: Sequence[str] = ("calibrated",),
     *,
+    axis: str = "budget",
     call_tokens: int = 2048,
     repeats: int = 7,
     progress: Progress | None = None,
 ) -> Report:
-    """Every mode at every budget, on the corpus in calls of about `call_tokens` tokens.
+    """Every mode at every value, on the corpus in calls of about `call_tokens` tokens.
 
-    The baseline of time is the model without its gates, run by the same code on the same tensors in
-    turn with each policy (A B A B …); budget 1.0 is a row of its own and shows what gates cost.
+    The baseline of time is the dense model: the same tensors without residual gates and with all k
+    experts of a token, run by the same code in turn with each policy (A B A B …). Budget 1.0 is a
+    row of its own and shows what gates cost.
+
+    Args:
+        values: budgets, numbers of experts, gaps or masses, as `axis` says; see `ExpertPolicy`.
 
     Raises:
         InvalidInput: a policy the model cannot honour, before anything runs.
     """
-    if not budgets or not modes:
-        raise InvalidInput("a sweep needs at least one budget and one mode")
+    if not values or not modes:
+        raise InvalidInput(f"a sweep needs at least one {axis} and one mode")
     if repeats < 1:
         raise InvalidInput(f"repeats must be at least 1, got {repeats}")
-    policies = [ComputePolicy(budget=b, mode=mode) for mode in modes for b in budgets]
+    policies = [_policy(axis, value, mode) for mode in modes for value in values]
     for policy in policies:
         runtime.resolve(policy)
-    ungated = Runtime(replace(runtime.container, gates=None, calibration=None))
+    whole = Runtime(replace(runtime.container, gates=None, calibration=None))
     calls = calls_of(corpus.sequences, runtime.spec, call_tokens)
     tick = Ticker((len(policies) + 1) * len(calls) + repeats * len(policies), progress)
 
     everything = ComputePolicy()
-    dense_quality = evaluate(ungated, calls, everything, tick)
+    dense_quality = evaluate(whole, calls, everything, tick)
     qualities = [evaluate(runtime, calls, policy, tick) for policy in policies]
-    dense_times, times = _alternate(runtime, ungated, calls[0], policies, repeats, tick)
+    dense_times, times = _alternate(runtime, whole, calls[0], policies, repeats, tick)
 
     median = statistics.median
     every = [time for some in dense_times for time in some]
-    whole = median(every)
-    low, _, high = statistics.quantiles(every, n=4) if len(every) > 1 else (whole,) * 3
-    executed = _executed(ungated, calls[0], everything)
-    rows = [Row(None, "dense", True, dense_quality, Prefill(whole, whole, *executed))]
-    for policy, quality, dense, own in zip(policies, qualities, dense_times, times, strict=True):
+    usual = median(every)
+    low, _, high = statistics.quantiles(every, n=4) if len(every) > 1 else (usual,) * 3
+    executed = _executed(whole, calls[0], everything)
+    rows = [Row(None, "dense", True, dense_quality, Prefill(usual, usual, *executed))]
+    swept = [value for _ in modes for value in values]
+    for policy, value, quality, dense, own in zip(
+        policies, swept, qualities, dense_times, times, strict=True
+    ):
         prefill = Prefill(median(own), median(dense), *_executed(runtime, calls[0], policy))
-        mode, budget = runtime.resolve(policy)
-        rows.append(Row(budget, mode, mode in CAUSAL_MODES, quality, prefill))
-    return Report(rows, _setting(runtime, corpus, calls, repeats), (high - low) / whole)
+        mode, _ = runtime.resolve(policy)
+        rows.append(Row(value, mode, mode in CAUSAL_MODES, quality, prefill))
+    return Report(axis, rows, _setting(runtime, corpus, calls, repeats), (high - low) / usual)
+
+
+def _policy(axis: str, value: float, mode: str) -> ComputePolicy:
+    if axis not in AXES:
+        raise InvalidInput(f"a sweep varies one of {', '.join(AXES)}, not {axis!r}")
+    if axis == "budget":
+        return ComputePolicy(budget=value, mode=mode)
+    limit = {"slots" if axis == "experts" else axis: value}
+    return ComputePolicy(budget=1.0, mode=mode, experts=ExpertPolicy.of(limit))
 
 
 def _alternate(
     runtime: Runtime,
-    ungated: Runtime,
+    whole: Runtime,
     call: Call,
     policies: Sequence[ComputePolicy],
     repeats: int,
     tick: Ticker,
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """Seconds of the ungated model and of each policy: [policies][repeats], measured in turn."""
+    """Seconds of the dense model and of each policy: [policies][repeats], measured in turn."""
     cache, everything = call.cache(), ComputePolicy()
     dense: list[list[float]] = [[] for _ in policies]
     own: list[list[float]] = [[] for _ in policies]
-    time_prefill(ungated, call, everything, cache)
+    time_prefill(whole, call, everything, cache)
     for _ in range(repeats):
         for i, policy in enumerate(policies):
-            dense[i].append(time_prefill(ungated, call, everything, cache))
+            dense[i].append(time_prefill(whole, call, everything, cache))
             own[i].append(time_prefill(runtime, call, policy, cache))
             tick()
     return dense, own
@@ -173,12 +197,13 @@ def _setting(
     return {
         "model": str(runtime.container.path),
         "dtype": runtime.spec.dtype,
+        "gated": runtime.gates is not None,
         "tokens": corpus.tokens,
         "data_sha256": corpus.sha256,
         "timed_sequences": calls[0].num_sequences,
         "timed_tokens": calls[0].batch.num_rows,
         "repeats": repeats,
-        "packed_below": runtime.packed_below,
+        "packed_below": runtime.decisions.packed_below,
         "backend": f"{name} ({ops.isa()})" if name == "native" else name,
         "threads": torch.get_num_threads(),
         "processor": processor(),

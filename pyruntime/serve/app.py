@@ -22,12 +22,12 @@ from pyruntime.engine.engine import Engine
 from pyruntime.engine.request import InvalidRequest
 from pyruntime.engine.request import Request as EngineRequest
 from pyruntime.errors import InvalidInput, PyRuntimeError
-from pyruntime.gates.policy import ComputePolicy
 from pyruntime.serve.engine_thread import EngineDead, EngineThread, QueueFull, Stream
 from pyruntime.serve.protocol import (
     BadRequest,
     ChatBody,
     CompletionBody,
+    Compute,
     Reply,
     encode,
     error_body,
@@ -106,14 +106,12 @@ async def _generate(
             code="model_not_found",
         )
     engine_request = await _engine_request(engine, body, len(raw))
-    policy = engine_request.policy
     reply = Reply(
         id=engine_request.id,
         model=state.model,
         created=int(time.time()),
         chat=isinstance(body, ChatBody),
-        budget=1.0 if policy.budget is None else policy.budget,
-        mode=str(policy.mode),
+        policy=engine_request.policy,
     )
     if state.draining:  # it may have begun while a long prompt was tokenised
         raise BadRequest("the server is shutting down", status=503, code="draining")
@@ -131,8 +129,11 @@ async def _engine_request(
     engine: Engine, body: CompletionBody | ChatBody, size: int
 ) -> EngineRequest:
     sampling = body.sampling()
-    budget = body.compute.budget if body.compute is not None else None
-    policy = ComputePolicy(budget=budget, mode="calibrated")
+    policy = (body.compute or Compute()).policy()
+    try:
+        engine.runtime.resolve(policy)
+    except InvalidInput as error:
+        raise BadRequest(str(error), param="compute") from error
     request_id = ("chatcmpl-" if isinstance(body, ChatBody) else "cmpl-") + uuid.uuid4().hex
 
     def build() -> EngineRequest:
@@ -230,15 +231,17 @@ class _Answer:
             return
         self._closed = True
         self._engine.release(self._stream)
+        policy = self._reply.policy
         log.info(
-            "%s prompt=%d output=%d budget=%.3f mode=%s kv_mode=%s compute=%.4f finish=%s "
-            "first=%.3fs total=%.3fs",
+            "%s prompt=%d output=%d budget=%.3f mode=%s experts=%s kv_mode=%s compute=%.4f "
+            "finish=%s first=%.3fs total=%.3fs",
             self._reply.id,
             len(self._stream.request.prompt_token_ids),
             self._tokens,
-            self._reply.budget,
-            self._reply.mode,
-            self._stream.request.policy.kv_mode,
+            policy.budget,
+            policy.mode,
+            policy.experts or "all",
+            policy.kv_mode,
             self._mean,
             end,
             (self._first or time.monotonic()) - self._began,

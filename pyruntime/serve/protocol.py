@@ -8,9 +8,18 @@ from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pyruntime.engine.request import InvalidRequest, SamplingParams
+from pyruntime.errors import InvalidInput
+from pyruntime.gates.policy import ComputePolicy, ExpertPolicy
 
 Mode = Literal["calibrated"]
 # Fields clients send at a value that asks for nothing; any other value is refused by name.
@@ -54,10 +63,22 @@ class StreamOptions(_Strict):
 
 
 class Compute(_Strict):
-    """How much of the model a request may use. Served requests are causal: `calibrated` only."""
+    """How much of the model a request may use. Served requests are causal: `calibrated` only.
+
+    `experts` is a number, or an object with some of `slots`, `gap` and `mass`.
+    """
 
     budget: Annotated[float, Field(ge=0, le=1)] | None = None
     mode: Mode | None = None
+    experts: ExpertPolicy | None = None
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _limits(cls, value: object) -> ExpertPolicy | None:
+        return None if value is None else ExpertPolicy.of(value)
+
+    def policy(self) -> ComputePolicy:
+        return ComputePolicy(budget=self.budget, mode="calibrated", experts=self.experts)
 
 
 class _Body(_Strict):
@@ -192,6 +213,8 @@ def _named(error: ValidationError) -> BadRequest:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, InvalidRequest):
         return BadRequest(str(cause), param=cause.field)
+    if isinstance(cause, InvalidInput):
+        return BadRequest(str(cause), param=param)
     if first["type"] == "extra_forbidden":
         return BadRequest(f"{param}: unknown field", param=param, code="unknown_field")
     return BadRequest(f"{param}: {first['msg']}", param=param)
@@ -213,8 +236,7 @@ class Reply:
     model: str
     created: int
     chat: bool
-    budget: float
-    mode: str
+    policy: ComputePolicy
 
     def whole(self, text: str, reason: str, usage: dict[str, int], mean: float) -> dict[str, Any]:
         message = {"message": {"role": "assistant", "content": text}}
@@ -256,7 +278,12 @@ class Reply:
         }
 
     def _compute(self, mean: float) -> dict[str, Any]:
-        return {"budget": self.budget, "mode": self.mode, "mean": mean}
+        """What was applied, and the mean share of the dense compute that was run."""
+        policy = self.policy
+        applied: dict[str, Any] = {"budget": policy.budget, "mode": policy.mode, "mean": mean}
+        if policy.expert_policy is not None:
+            applied["experts"] = policy.expert_policy.limits
+        return applied
 
 
 def usage(prompt: int, completion: int) -> dict[str, int]:

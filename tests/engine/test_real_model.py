@@ -55,7 +55,7 @@ def test_greedy_is_the_uncached_model(runtime: Runtime, budget: float) -> None:
 def test_tokens_and_compute_do_not_depend_on_batch_mates_or_chunks(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch, step_tokens: int, packed_below: float
 ) -> None:
-    monkeypatch.setattr(runtime, "packed_below", packed_below)
+    monkeypatch.setattr(runtime.decisions, "packed_below", packed_below)
     each = prompts(8)
     policies = [ComputePolicy(budget=b) for b in (1.0, 0.6, 0.6, 0.3, 1.0, 0.75, 0.6, 0.0)]
     alone = [

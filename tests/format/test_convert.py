@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,42 @@ def test_config_of_both_transformers(tmp_path: Path, modern: bool, scaling: Any)
     write_hf_folder(tmp_path / "src", modern_config=modern, rope_scaling=scaling, rope_theta=5e5)
     spec = convert(tmp_path / "src", tmp_path / "dst").spec
     assert (spec.rope_theta, spec.rope_scaling) == (5e5, scaling)
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({}, {"attention_factor": 0.1 * math.log(4) + 1, "original_max_position_embeddings": 256}),
+        ({"attention_factor": 1.5, "beta_fast": 8, "truncate": False}, {
+            "original_max_position_embeddings": 256}),
+        ({"mscale": 1.0, "mscale_all_dim": 0.5, "original_max_position_embeddings": 64}, {
+            "attention_factor": (0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1)}),
+        ({"attention_factor": None, "original_max_position_embeddings": 64}, {
+            "attention_factor": 0.1 * math.log(4) + 1}),
+    ],
+)  # fmt: skip
+def test_yarn_is_written_out(
+    tmp_path: Path, given: dict[str, Any], missing: dict[str, Any]
+) -> None:
+    given = {"rope_type": "yarn", "factor": 4.0, **given}
+    write_hf_folder(tmp_path / "src", rope_scaling=given)
+    scaling = convert(tmp_path / "src", tmp_path / "dst").spec.rope_scaling
+    defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+    expected = {**defaults, **given, **missing}
+    assert scaling == {k: v for k, v in expected.items() if not k.startswith("mscale")}
+
+
+def test_longrope_reaches_as_far_as_its_short_factors(tmp_path: Path) -> None:
+    longrope = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5],
+                "long_factor": [4.0] * 4, "original_max_position_embeddings": 64}  # fmt: skip
+    write_hf_folder(tmp_path / "src", rope_scaling=longrope)
+    report = convert(tmp_path / "src", tmp_path / "dst")
+    assert report.spec.max_positions == 64
+    assert report.spec.rope_scaling == {
+        "rope_type": "longrope", "factors": [1.0, 1.5, 2.0, 2.5],
+        "attention_factor": math.sqrt(1 + math.log(4) / math.log(64)),
+    }  # fmt: skip
+    assert any(note.startswith("64 positions, not 256") for note in report.notes)
 
 
 def test_end_tokens_of_both_configs(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pyruntime.format.load import read
 from pyruntime.format.spec import decoder_tensors
 from tests.checkpoints import State, write_gateskip_pt, write_hf_folder
 from tests.format.test_convert import values
+from tests.moe_checkpoints import write_moe_folder
 
 
 def make(tmp_path: Path, gate_type: str = "vector", **options: Any) -> tuple[State, Report]:
@@ -194,3 +195,11 @@ def test_sidecar_that_is_not_json(tmp_path: Path) -> None:
     (tmp_path / "gated.json").write_text(json.dumps([1]))
     with pytest.raises(ConversionError, match="expected an object, is list"):
         convert(tmp_path / "gated.pt", tmp_path / "dst", overwrite=True)
+
+
+def test_gates_on_experts_are_refused(tmp_path: Path) -> None:
+    write_hf_folder(tmp_path / "base")
+    write_gateskip_pt(tmp_path / "gated.pt", tmp_path / "base")
+    write_moe_folder(tmp_path / "base")
+    with pytest.raises(ConversionError, match="gates on an expert model are not implemented"):
+        convert(tmp_path / "gated.pt", tmp_path / "dst")

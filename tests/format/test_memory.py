@@ -12,6 +12,7 @@ import pytest
 from pyruntime.format.convert import convert
 from pyruntime.format.load import read
 from tests.checkpoints import write_hf_folder
+from tests.moe_checkpoints import write_moe_folder
 
 SHAPE: dict[str, Any] = {"vocab_size": 90_000, "hidden_size": 256, "num_layers": 1}
 WEIGHTS = 2 * 90_000 * 256 * 4  # bytes: embedding and head, 184 MB together
@@ -31,6 +32,19 @@ def test_conversion_streams(tmp_path: Path, files: str, limit: int) -> None:
     before = status("VmRSS")
     convert(tmp_path / "src", tmp_path / "dst")
     assert status("VmHWM") - before < limit < WEIGHTS
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_in_one_tensor_stream(tmp_path: Path, family: str, quantize: Any) -> None:
+    """Two tensors of 100 and 50 MB are read expert by expert, transposed ones too."""
+    shape = {"experts": 48, "hidden_size": 512, "expert_size": 512, "num_layers": 1}
+    write_moe_folder(tmp_path / "src", family, form="fused", std=0.01, **shape)
+    convert(tmp_path / "src", tmp_path / "warm", dry_run=True)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    convert(tmp_path / "src", tmp_path / "dst", quantize=quantize)
+    assert status("VmHWM") - before < 48 << 20
 
 
 def test_loading_maps(tmp_path: Path) -> None:

@@ -11,7 +11,10 @@ import torch
 from pyruntime.errors import FormatError
 from pyruntime.format.spec import (
     DecoderSpec,
+    ExpertSpec,
     GateSpec,
+    LatentSpec,
+    RouterSpec,
     TensorSpec,
     decoder_tensors,
     from_dict,
@@ -33,7 +36,20 @@ GATES = GateSpec(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("record", [SPEC, GATES])
+ROUTER = RouterSpec(score="sigmoid", normalize=True, groups=3, top_groups=2, selection_bias=True)
+EXPERTS = ExpertSpec(
+    num_experts=6, experts_per_token=3, intermediate_size=20, layers=(1,), router=ROUTER,
+    shared_size=24, shared_gate=True,
+)  # fmt: skip
+SPARSE = dataclasses.replace(
+    SPEC, experts=EXPERTS, latent=LatentSpec(None, 12, 6, 8, 10), head_dim=20, window=5,
+    window_layers=(0,), norm="layer", head_bias=True, sinks=True,
+    rope_scaling={"rope_type": "longrope", "factors": [1.0, 2.0, 3.0, 4.0],
+                  "attention_factor": 1.1},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("record", [SPEC, GATES, SPARSE])
 def test_records_survive_json(record: DecoderSpec | GateSpec) -> None:
     data = json.loads(json.dumps(to_dict(record)))
     assert from_dict(type(record), data, "here") == record
@@ -56,13 +72,50 @@ def test_every_problem_of_a_record_is_named() -> None:
         ({"head_dim": 7}, "head_dim must be even"),
         ({"num_layers": 0}, "num_layers must be at least 1, is 0"),
         ({"eos_token_ids": (300,)}, "eos_token_ids holds 300, outside the vocabulary of 300"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn' is not implemented"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "'dynamic' is not implemented"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope scaling yarn lacks attention_factor"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope scaling linear lacks factor"),
     ],
 )
 def test_impossible_architectures(change: dict[str, object], message: str) -> None:
     with pytest.raises(FormatError, match=message):
         dataclasses.replace(SPEC, **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"experts_per_token": 7}, "experts_per_token 7 exceeds num_experts 6"),
+        ({"intermediate_size": 0}, "intermediate_size must be at least 1, is 0"),
+        ({"layers": (1, 0)}, r"layers must rise, are \[1, 0\]"),
+        ({"shared_size": 0}, "shared_gate needs a shared expert"),
+        ({"router": RouterSpec(groups=4)}, "6 experts do not form 4 groups"),
+        ({"router": RouterSpec(groups=3, top_groups=4)}, r"top_groups 4 must lie in \[1, 3\]"),
+        ({"router": RouterSpec(groups=6, top_groups=2)}, "2 groups hold fewer than 3 experts"),
+        ({"router": RouterSpec(kind="sparse_mixer")}, "sparse_mixer chooses 2 experts per token"),
+    ],
+)
+def test_impossible_experts(change: dict[str, object], message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        dataclasses.replace(EXPERTS, **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": 0}, "window must be at least 1, is 0"),
+        ({"window_layers": (2,)}, "layer 2 is named, but there are 2"),
+        ({"experts": dataclasses.replace(EXPERTS, layers=(0, 5))}, "layer 5 is named"),
+        ({"head_dim": 22}, "latent attention needs one KV head of 20, has 1 of 22"),
+        ({"rope_scaling": {"rope_type": "longrope", "factors": [1.0], "attention_factor": 1.0}},
+         "1 rope factors, expected 4"),
+        ({"rope_scaling": {"rope_type": "longrope", "factors": "1", "attention_factor": 1.0}},
+         "rope scaling factors must be"),
+    ],
+)  # fmt: skip
+def test_impossible_expert_models(change: dict[str, object], message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        dataclasses.replace(SPARSE, **change)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -75,6 +128,12 @@ def test_stored_shape_is_what_weight_packs(dtype: str, rows: int, columns: int) 
     assert panel.nbytes == packed.nbytes
     pair = TensorSpec("x", (2 * rows, columns), "gate_up", dtype)  # type: ignore[arg-type]
     assert pair.stored_shape == Weight.pack_gate_up(dense, dense).data.shape
+    several = TensorSpec("x", (3, rows, columns), "panel", dtype)  # type: ignore[arg-type]
+    packed = Weight.pack(dense.expand(3, -1, -1)).data
+    assert (several.stored_shape, several.nbytes) == (packed.shape, packed.nbytes)
+    small = Weight.pack(dense.expand(3, -1, -1)).quantize().data
+    several = dataclasses.replace(several, dtype="int8")
+    assert (several.stored_shape, several.nbytes) == (small.shape, small.nbytes)
 
 
 def test_the_list_holds_each_name_once() -> None:

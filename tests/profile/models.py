@@ -7,6 +7,7 @@ from typing import Any
 
 from pyruntime.format.convert import convert
 from tests.checkpoints import write_gateskip_pt, write_hf_folder
+from tests.moe_checkpoints import write_moe_folder
 
 
 def gated(folder: Path, gate_type: str = "scalar", **options: Any) -> Path:
@@ -21,5 +22,12 @@ def gated(folder: Path, gate_type: str = "scalar", **options: Any) -> Path:
 def ungated(folder: Path, **shape: Any) -> Path:
     """A plain model."""
     write_hf_folder(folder / "hf", **shape)
+    convert(folder / "hf", folder / "model")
+    return folder / "model"
+
+
+def mixtral(folder: Path, **shape: Any) -> Path:
+    """A model with five experts in each of two layers, two of them per token."""
+    write_moe_folder(folder / "hf", "mixtral", **shape)
     convert(folder / "hf", folder / "model")
     return folder / "model"

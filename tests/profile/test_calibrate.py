@@ -13,9 +13,10 @@ from pyruntime.engine.runtime import Runtime, load
 from pyruntime.errors import InvalidInput
 from pyruntime.format.load import write_calibration
 from pyruntime.gates.policy import ComputePolicy
-from pyruntime.profile.calibrate import BUDGETS, calibrate, cheapest_within
+from pyruntime.profile.calibrate import calibrate, cheapest_within
 from pyruntime.profile.data import Corpus
 from pyruntime.profile.measure import Quality, Ticker, calls_of, evaluate, run
+from pyruntime.profile.thresholds import BUDGETS
 from tests.profile.models import gated, ungated
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -144,9 +145,9 @@ def test_the_record_is_what_a_folder_stores(tmp_path: Path) -> None:
 def test_the_cheapest_budget_within_a_drop() -> None:
     accuracies = [0.5 - 0.01 * step for step in range(21)]
     qualities = [Quality(100, 1.0, accuracy, 0.0, 1, 1) for accuracy in accuracies]
-    assert cheapest_within(0.0, qualities) == 1.0
-    assert cheapest_within(0.0251, qualities) == 0.9
-    assert cheapest_within(1.0, qualities) == 0.0
+    assert cheapest_within(0.0, BUDGETS, qualities) == 1.0
+    assert cheapest_within(0.0251, BUDGETS, qualities) == 0.9
+    assert cheapest_within(1.0, BUDGETS, qualities) == 0.0
 
 
 def test_max_drop_becomes_the_default(vector: Runtime) -> None:

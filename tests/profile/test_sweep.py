@@ -33,7 +33,7 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
     folder = gated(tmp_path_factory.mktemp("gated"), "vector")
     write_calibration(folder, calibrate(load(folder), corpus(150, 150)).record)
     runtime = load(folder)
-    runtime.packed_below = 1.0  # measured otherwise: counts must not depend on this machine
+    runtime.decisions.packed_below = 1.0  # counts must not depend on this machine
     return runtime
 
 
@@ -75,7 +75,7 @@ def test_work_is_counted_exactly(runtime: Runtime, result: Report) -> None:
 
 
 def test_rows_and_what_they_say(result: Report) -> None:
-    names = [(row.budget, row.mode, row.causal) for row in result.rows]
+    names = [(row.value, row.mode, row.causal) for row in result.rows]
     assert names == [
         (None, "dense", True),
         *((budget, "calibrated", True) for budget in (1.0, 0.5, 0.0)),

@@ -10,7 +10,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,9 +20,10 @@ import torch
 from pyruntime.errors import ConversionError
 from pyruntime.format.convert import gateskip, source
 from pyruntime.format.convert.checkpoint import fingerprint
-from pyruntime.format.convert.source import Recipe, Source
+from pyruntime.format.convert.recipe import Recipe
+from pyruntime.format.convert.source import Source
 from pyruntime.format.convert.stage import Stage, check_destination, open_stage
-from pyruntime.format.convert.writer import pieces, plan_shards, write_shard
+from pyruntime.format.convert.writer import plan_shards, write_shard
 from pyruntime.format.manifest import VERSION, Manifest, Shard, write_manifest
 from pyruntime.format.spec import DecoderSpec, GateSpec, TensorSpec, to_dict
 
@@ -52,9 +53,10 @@ class Report:
     def __str__(self) -> str:
         done = "would convert" if self.dry_run else "converted"
         gated = f" with {self.gates.gate_type} gates" if self.gates else ""
+        stored = self.spec.quantization or self.spec.dtype
         resumed = f", {self.resumed} of them from an earlier run" if self.resumed else ""
         first = (
-            f"{done} {self.source} ({self.spec.source_family}{gated}, {self.spec.dtype}) to "
+            f"{done} {self.source} ({self.spec.source_family}{gated}, {stored}) to "
             f"{self.destination}: {self.tensors} tensors, {self.bytes / 1e6:.1f} MB in "
             f"{self.shards} shards{resumed}, {self.seconds:.1f} s"
         )
@@ -66,6 +68,7 @@ def convert(
     dst: PathLike,
     *,
     dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+    quantize: Literal["int8"] | None = None,
     base: PathLike | None = None,
     sidecar: PathLike | None = None,
     dry_run: bool = False,
@@ -77,8 +80,10 @@ def convert(
 
     `src` is a Hugging Face folder, or a GateSkip state dict (.pt, .pth, .bin, .safetensors) with
     its sidecar JSON beside it (or at `sidecar`) and its base model's folder named there (or at
-    `base`). `dry_run` checks everything, weight values too, and writes nothing. `overwrite` may
-    replace a model folder. `progress(done, total)` is called with bytes.
+    `base`). `quantize` stores matrices as int8 with one scale per output channel; embeddings,
+    routers, gates, norms and biases are in `dtype` or float32, as they would be without.
+    `dry_run` checks everything, weight values too, and writes nothing. `overwrite` may replace a
+    model folder. `progress(done, total)` is called with bytes.
 
     A killed conversion continues where it stopped when it is called again in the same way.
 
@@ -89,11 +94,13 @@ def convert(
     origin, destination = Path(src), Path(os.path.realpath(dst))
     if dtype not in ("auto", "bfloat16", "float32"):
         raise ConversionError(f"dtype must be auto, bfloat16 or float32, is {dtype!r}")
+    if quantize not in (None, "int8"):
+        raise ConversionError(f"quantize must be int8 or None, is {quantize!r}")
     if shard_bytes < 1:
         raise ConversionError(f"shard_bytes must be positive, is {shard_bytes}")
     check_destination(destination, overwrite)
     model = _open(origin, base, sidecar)
-    model, notes = model.with_dtype(dtype)
+    model, notes = model.with_dtype(dtype, quantize)
     model.check()
     notes += _tokenizer_notes(model.folder)
     recipes = {recipe.target.name: recipe for recipe in model.recipes()}
@@ -114,7 +121,11 @@ def convert(
             _check_space(stage, count.total)
             try:
                 _write(model, recipes, shards, stage, count)
-                command = _command(src, dst, dtype, base, sidecar)
+                options = {
+                    "--dtype": dtype if dtype != "auto" else None, "--quantize": quantize,
+                    "--base": base, "--sidecar": sidecar,
+                }  # fmt: skip
+                command = _command(src, dst, options)
                 _finish(model, origin, shards, stage, command)
                 check_destination(destination, overwrite)
                 stage.publish(destination)
@@ -197,7 +208,7 @@ def _write(
         parts = (
             piece
             for tensor in tensors
-            for piece in pieces(recipes[tensor.name], model.checkpoint, bad)
+            for piece in recipes[tensor.name].pieces(model.checkpoint, bad)
         )
         shard = write_shard(stage.folder / name, tensors, parts, count.add)
         if bad:
@@ -216,7 +227,7 @@ def _scan(
     """Read and pack without writing, then refuse the tensors that are not finite."""
     bad = [] if bad is None else bad
     for tensor in (tensor for shard in shards for tensor in shard):
-        for piece in pieces(recipes[tensor.name], model.checkpoint, bad):
+        for piece in recipes[tensor.name].pieces(model.checkpoint, bad):
             count.add(piece.nbytes)
     if bad:
         raise ConversionError(
@@ -263,13 +274,10 @@ def _check_space(stage: Stage, total: int) -> None:
         raise ConversionError(f"{stage.folder}: {free} bytes free, {needed} more are needed")
 
 
-def _command(
-    src: PathLike, dst: PathLike, dtype: str, base: PathLike | None, sidecar: PathLike | None
-) -> str:
+def _command(src: PathLike, dst: PathLike, options: Mapping[str, PathLike | None]) -> str:
     words = ["pyruntime", "convert", str(src), str(dst)]
-    options = (("--dtype", dtype), ("--base", base), ("--sidecar", sidecar))
-    for option, value in options:
-        if value is not None and value != "auto":
+    for option, value in options.items():
+        if value is not None:
             words += [option, str(value)]
     return shlex.join(words)
 

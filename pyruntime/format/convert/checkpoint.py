@@ -7,14 +7,15 @@ to hold one. A memory map would count every page it touched against us.
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +23,11 @@ from torch import Tensor
 
 from pyruntime.errors import ConversionError
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = ("float32", "float16", "bfloat16")
+_DTYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8,
+}  # fmt: skip
 _ZIP_MAGIC = b"PK\x03\x04"  # torch.save writes a zip archive since 1.6
 # Pages of a mapped .pt file are given back by mapping it anew after this many bytes.
 _REMAP_BYTES = 64 << 20
@@ -32,25 +37,46 @@ class _File(Protocol):
     def rows(self, key: str, start: int, stop: int) -> Tensor: ...
 
 
+class Need(NamedTuple):
+    """What a tensor must look like; `dtypes` are the accepted names."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...] = FLOATS
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor that lies in a file. `dtype` is its name in messages, such as "bfloat16"."""
+    """A tensor that lies in a file, or is computed from others when it is read.
+
+    Attributes:
+        dtype: its name in messages, such as "bfloat16"; of what is computed, the dtype it deserves.
+        needs: the tensors it is computed from.
+        derived: it lies in no file.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     file: _File
     key: str
+    needs: Mapping[str, Need] = field(default_factory=dict)
+    derived: bool = False
 
 
 class Checkpoint:
-    """Tensors by name, from one file or many."""
+    """Tensors by name, from one file or many; `problems` are what a reading of them found wrong."""
 
-    def __init__(self, entries: Mapping[str, Entry], paths: Iterable[Path]) -> None:
+    def __init__(
+        self, entries: Mapping[str, Entry], paths: Iterable[Path], problems: Iterable[str] = ()
+    ) -> None:
         self.entries = dict(entries)
         self.paths = tuple(paths)
+        self.problems = tuple(problems)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor along its first axis; read only, valid until the next."""
+        """Rows [start, stop) of a tensor, [stop - start, columns]; read only.
+
+        All axes but the last are one: a tensor [S, R, C] has S * R rows.
+        """
         entry = self.entries[name]
         return entry.file.rows(entry.key, start, stop)
 
@@ -171,7 +197,8 @@ class _SafetensorsFile:
         """Rows [start, stop), freshly read."""
         info = self._header[key]
         begin, end = info["data_offsets"]
-        row = (end - begin) // info["shape"][0]
+        shape = info["shape"]
+        row = (end - begin) // math.prod(shape[:-1] or shape)
         buffer = bytearray((stop - start) * row)
         view = memoryview(buffer)
         position = self._data + begin + start * row
@@ -181,7 +208,7 @@ class _SafetensorsFile:
                 raise ConversionError(f"{self._path}: ended while reading {key}")
             view, position = view[count:], position + count
         flat = torch.frombuffer(buffer, dtype=_DTYPES[info["dtype"]])
-        return flat.view(stop - start, *info["shape"][1:])
+        return flat.view(stop - start, *shape[1:][-1:])
 
 
 class _TorchFile:
@@ -207,7 +234,9 @@ class _TorchFile:
             self._tensors = self._map()
             self._budget = _REMAP_BYTES
         # A copy, because a view would keep the old map alive.
-        piece = self._tensors[key][start:stop].clone(memory_format=torch.contiguous_format)
+        tensor = self._tensors[key]
+        rows = tensor.flatten(0, -2) if tensor.dim() > 2 else tensor
+        piece = rows[start:stop].clone(memory_format=torch.contiguous_format)
         self._budget -= piece.nbytes
         return piece
 

@@ -52,7 +52,10 @@ def open_state_dict(path: Path, base: Path | None, sidecar: Path | None) -> Sour
     if not any(_GATE.match(name) for name in weights.entries):
         raise ConversionError(f"{path}: holds no GateSkip gates (no name with .gate.gate.)")
     folder = _base_folder(path, base, notes, notes_path)
-    spec, modules = source.open_model(folder)
+    reading = source.open_model(folder)
+    spec = reading.spec
+    if spec.experts is not None:
+        raise ConversionError(f"{path}: residual gates on an expert model are not implemented")
     whole = any(not _GATE.match(name) for name in weights.entries)
     found = _detect(weights, spec)
     gates = _gate_spec(found, notes, notes_path)
@@ -63,8 +66,8 @@ def open_state_dict(path: Path, base: Path | None, sidecar: Path | None) -> Sour
         copies |= _repeated(weights)
     described_by = (*source.description_files(folder), *([notes_path] if notes else []))
     return Source(
-        folder, spec, weights, _gated_modules(modules, gates, wrapped=whole), gates,
-        _calibration(notes, notes_path, spec, gates), copies, described_by,
+        folder, spec, weights, _gated_modules(reading.modules, gates, wrapped=whole), gates,
+        _calibration(notes, notes_path, spec, gates), copies, described_by, reading.notes,
     )  # fmt: skip
 
 

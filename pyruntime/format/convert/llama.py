@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import MappingProxyType
 
 from pyruntime.format.convert.config import Config
-from pyruntime.format.spec import DecoderSpec
+from pyruntime.format.convert.family import Modules, Reading
 
 ARCHITECTURE = "LlamaForCausalLM"
-# Our module -> the modules whose rows it holds, one after the other.
-MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType({
+MODULES: Modules = MappingProxyType({
     "embed": ("model.embed_tokens",),
     "lm_head": ("lm_head",),
     "norm": ("model.norm",),
@@ -28,7 +26,9 @@ MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType({
 })  # fmt: skip
 
 
-def read(config: Config) -> DecoderSpec:
-    """config.json -> DecoderSpec."""
+def read(config: Config) -> Reading:
+    """config.json -> Reading."""
     bias = config.flag("attention_bias")
-    return config.decoder("llama", qkv_bias=bias, o_bias=bias, mlp_bias=config.flag("mlp_bias"))
+    mlp_bias = config.flag("mlp_bias")
+    spec = config.decoder("llama", qkv_bias=bias, o_bias=bias, mlp_bias=mlp_bias)
+    return Reading(spec, MODULES, notes=tuple(config.notes))

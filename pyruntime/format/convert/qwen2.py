@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pyruntime.format.convert.config import Config
-from pyruntime.format.convert.llama import MODULES as MODULES
-from pyruntime.format.spec import DecoderSpec
+from pyruntime.format.convert.family import Reading
+from pyruntime.format.convert.llama import MODULES
 
 ARCHITECTURE = "Qwen2ForCausalLM"
 
 
-def read(config: Config) -> DecoderSpec:
-    """config.json -> DecoderSpec."""
-    return config.decoder("qwen2", qkv_bias=True, o_bias=False)
+def read(config: Config) -> Reading:
+    """config.json -> Reading."""
+    spec = config.decoder("qwen2", qkv_bias=True, o_bias=False)
+    return Reading(spec, MODULES, notes=tuple(config.notes))

@@ -13,28 +13,19 @@ from typing import Any, Literal
 import torch
 
 from pyruntime.errors import ConversionError, UnsupportedModel
-from pyruntime.format.convert import checkpoint, llama, qwen2, qwen3
-from pyruntime.format.convert.checkpoint import Checkpoint
+from pyruntime.format.convert import checkpoint
+from pyruntime.format.convert.checkpoint import Checkpoint, Need
 from pyruntime.format.convert.config import Config
-from pyruntime.format.spec import DecoderSpec, GateSpec, TensorSpec, decoder_tensors
+from pyruntime.format.convert.families import FAMILIES
+from pyruntime.format.convert.family import Modules, Reading
+from pyruntime.format.convert.recipe import Recipe
+from pyruntime.format.spec import DecoderSpec, GateSpec, decoder_tensors
 
-_FAMILIES = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}
-_FLOATS = ("float32", "float16", "bfloat16")
+# Suffixes of ours whose numbers come from a tensor with another.
+_SUFFIXES = {"weight_scale": "weight", "selection_bias": "e_score_correction_bias"}
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
+_NUMBERS = re.compile(r"\b(layers|experts)\.(\d+)\.")
 _COMPARE_ROWS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """One tensor to write, and the tensors whose rows it joins, each giving an equal share."""
-
-    target: TensorSpec
-    sources: tuple[str, ...]
-
-    @property
-    def source_shape(self) -> tuple[int, ...]:
-        """What each source must look like."""
-        return (self.target.shape[0] // len(self.sources), *self.target.shape[1:])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,31 +39,38 @@ class Source:
     folder: Path
     spec: DecoderSpec
     checkpoint: Checkpoint
-    modules: Mapping[str, tuple[str, ...]]
+    modules: Modules
     gates: GateSpec | None = None
     calibration: dict[str, Any] | None = None
     copies: Mapping[str, str] = field(default_factory=dict)
     described_by: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def recipes(self) -> list[Recipe]:
         """One recipe per tensor of the destination, in its order."""
+        targets = {target.name: target for target in decoder_tensors(self.spec, self.gates)}
         return [
-            Recipe(target, self._sources_of(target.name))
-            for target in decoder_tensors(self.spec, self.gates)
+            # A scale is made of the rows of its matrix.
+            Recipe(target, self._sources_of(name), targets[name.removesuffix("_scale")])
+            for name, target in targets.items()
         ]
 
-    def with_dtype(self, dtype: Literal["auto", "bfloat16", "float32"]) -> tuple[Source, list[str]]:
-        """This source with the model dtype decided ("auto", "bfloat16" or "float32"), and notes."""
+    def with_dtype(
+        self,
+        dtype: Literal["auto", "bfloat16", "float32"],
+        quantize: Literal["int8"] | None = None,
+    ) -> tuple[Source, list[str]]:
+        """This source with the dtypes of the model decided, and notes."""
         backbone, everything = self._matrix_dtypes(None), self._matrix_dtypes(self.gates)
         if dtype == "auto":
             dtype = "float32" if "float32" in backbone else "bfloat16"
-        notes = []
+        notes = list(self.notes)
         if dtype == "bfloat16" and "float16" in everything:
             notes.append("float16 weights become bfloat16: 3 bits of mantissa less, more range")
         if dtype == "bfloat16" and "float32" in everything:
             which = "weights" if "float32" in backbone else "gate weights"
             notes.append(f"float32 {which} are rounded to bfloat16")
-        spec = dataclasses.replace(self.spec, dtype=dtype)
+        spec = dataclasses.replace(self.spec, dtype=dtype, quantization=quantize)
         return dataclasses.replace(self, spec=spec), notes
 
     def check(self) -> None:
@@ -82,29 +80,39 @@ class Source:
             ConversionError: all missing, misshapen, mistyped, unused and contradicting tensors.
         """
         entries = self.checkpoint.entries
-        wanted = {name: recipe.source_shape for recipe in self.recipes() for name in recipe.sources}
+        wanted = self._wanted()
         unused = [
-            name for name in entries
-            if name not in wanted and name not in self.copies and not _is_buffer(name)
+            name for name, entry in entries.items()
+            if name not in wanted and name not in self.copies
+            and not entry.derived and not _is_buffer(name)
         ]  # fmt: skip
         missing = [name for name in wanted if name not in entries]
-        spare, known = _by_template(unused), _by_template(wanted)
-        problems = [
-            f"missing {name} {list(wanted[name])}{_nearest(name, spare)}" for name in missing
+        spare, known = (
+            _by_template(unused),
+            _by_template(
+                name for name in wanted if name not in entries or not entries[name].derived
+            ),
+        )
+        problems = list(self.checkpoint.problems)
+        problems += [
+            f"missing {name} {list(wanted[name].shape)}{_nearest(name, spare)}" for name in missing
         ]
         problems += [
             f"unused {name} {list(entries[name].shape)}{_nearest(name, known)}" for name in unused
         ]
         # A copy must equal its original, so it has the same shape.
-        shapes = {**wanted, **{c: wanted[o] for c, o in self.copies.items() if o in wanted}}
-        for name, shape in shapes.items():
-            if name not in entries:
+        copies = {copy: wanted[of] for copy, of in self.copies.items() if of in wanted}
+        for name, need in {**wanted, **copies}.items():
+            entry = entries.get(name)
+            if entry is None:
                 continue
-            entry = entries[name]
-            if entry.shape != shape:
-                problems.append(f"misshapen {name} {list(entry.shape)}, expected {list(shape)}")
-            if entry.dtype not in _FLOATS:
-                problems.append(f"mistyped {name} {entry.dtype}, expected {' or '.join(_FLOATS)}")
+            if entry.shape != need.shape:
+                shapes = f"{list(entry.shape)}, expected {list(need.shape)}"
+                problems.append(f"misshapen {name} {shapes}")
+            # What is derived has the dtype of what it is derived from: one complaint is enough.
+            if entry.dtype not in need.dtypes and not entry.derived:
+                dtypes = " or ".join(need.dtypes)
+                problems.append(f"mistyped {name} {entry.dtype}, expected {dtypes}")
         if not problems:
             problems += [
                 f"contradicting {copy}: differs from {original}, of which it must be a copy"
@@ -114,6 +122,16 @@ class Source:
         if problems:
             where = ", ".join(str(path) for path in dict.fromkeys(self.checkpoint.paths))
             raise ConversionError("\n".join([f"{where}: {len(problems)} problems", *problems]))
+
+    def _wanted(self) -> dict[str, Need]:
+        """Every tensor that is used, whether directly or by one that is computed from it."""
+        wanted: dict[str, Need] = {}
+        todo = [(n, Need(recipe.source_shape)) for recipe in self.recipes() for n in recipe.sources]
+        for name, need in todo:  # grows as tensors turn out to need others
+            if name not in wanted and name in self.checkpoint.entries:
+                todo += self.checkpoint.entries[name].needs.items()
+            wanted.setdefault(name, need)
+        return wanted
 
     def _matrix_dtypes(self, gates: GateSpec | None) -> set[str]:
         """Source dtypes of the tensors that take the model's dtype; the others stay float32."""
@@ -130,11 +148,16 @@ class Source:
         layer = _LAYER.match(target)
         number = layer.group(1) if layer else ""
         module, suffix = _LAYER.sub("layers.{i}.", target).rsplit(".", 1)
-        return tuple(f"{theirs.replace('{i}', number)}.{suffix}" for theirs in self.modules[module])
+        suffix = _SUFFIXES.get(suffix, suffix)
+        names = [theirs.replace("{i}", number) for theirs in self.modules[module]]
+        if self.spec.experts is not None and any("{e}" in name for name in names):
+            every = range(self.spec.experts.num_experts)
+            names = [name.replace("{e}", str(e)) for e in every for name in names]
+        return tuple(f"{name}.{suffix}" for name in names)
 
 
-def open_model(folder: Path) -> tuple[DecoderSpec, Mapping[str, tuple[str, ...]]]:
-    """The decoder that `folder`/config.json describes, and its family's module names.
+def open_model(folder: Path) -> Reading:
+    """What `folder`/config.json describes.
 
     Raises:
         UnsupportedModel: another architecture, or an option that is not implemented.
@@ -142,19 +165,20 @@ def open_model(folder: Path) -> tuple[DecoderSpec, Mapping[str, tuple[str, ...]]
     """
     config = Config(folder)
     kind = config.data.get("model_type")
-    family = _FAMILIES.get(str(kind))
+    family = FAMILIES.get(str(kind))
     if family is None:
         raise UnsupportedModel(
             f"{config.path}: model_type {kind!r} is not supported "
-            f"(supported: {', '.join(_FAMILIES)})"
+            f"(supported: {', '.join(FAMILIES)})"
         )
     names = config.data.get("architectures") or [family.ARCHITECTURE]
-    if names != [family.ARCHITECTURE]:
+    # Capitals aside: Phi-3.5-MoE's own file and transformers do not agree on them.
+    if [str(name).lower() for name in names] != [family.ARCHITECTURE.lower()]:
         raise UnsupportedModel(
             f"{config.path}: architectures {names} is not supported "
             f"(supported for {kind}: {family.ARCHITECTURE})"
         )
-    return family.read(config), family.MODULES
+    return family.read(config)
 
 
 def open_folder(folder: Path) -> Source:
@@ -163,10 +187,11 @@ def open_folder(folder: Path) -> Source:
     Raises:
         UnsupportedModel, ConversionError: see `open_model` and `checkpoint.open_folder`.
     """
-    spec, modules = open_model(folder)
+    reading = open_model(folder)
     return Source(
-        folder, spec, checkpoint.open_folder(folder), modules,
-        copies=tied_copies(spec), described_by=description_files(folder),
+        folder, reading.spec, reading.view(checkpoint.open_folder(folder)), reading.modules,
+        copies=tied_copies(reading.spec), described_by=description_files(folder),
+        notes=reading.notes,
     )  # fmt: skip
 
 
@@ -199,22 +224,27 @@ def _is_buffer(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")
 
 
-def _by_template(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Names that differ in the layer number alone, together: {template: {layer: name}}."""
-    groups: dict[str, dict[str, str]] = {}
+def _by_template(names: Iterable[str]) -> dict[str, dict[tuple[str, ...], str]]:
+    """Names by what is left of them without their layer and expert: {template: {numbers: name}}."""
+    groups: dict[str, dict[tuple[str, ...], str]] = {}
     for name in names:
-        layer = _LAYER.search(name)
-        template = _LAYER.sub("layers.", name)
-        groups.setdefault(template, {})[layer[1] if layer else ""] = name
+        groups.setdefault(_template(name), {})[_numbers(name)] = name
     return groups
 
 
-def _nearest(name: str, others: dict[str, dict[str, str]]) -> str:
-    """The most similar name, of the same layer where there is one."""
-    layer = _LAYER.search(name)
-    found = difflib.get_close_matches(_LAYER.sub("layers.", name), others, 1)
+def _nearest(name: str, others: Mapping[str, Mapping[tuple[str, ...], str]]) -> str:
+    """The most similar name, of the same layer and expert where there is one."""
+    found = difflib.get_close_matches(_template(name), others, 1)
     if not found:
         return ""
     group = others[found[0]]
-    best = group.get(layer[1] if layer else "", next(iter(group.values())))
+    best = group.get(_numbers(name), next(iter(group.values())))
     return f", nearest name: {best}"
+
+
+def _template(name: str) -> str:
+    return _NUMBERS.sub(r"\1.", name)
+
+
+def _numbers(name: str) -> tuple[str, ...]:
+    return tuple(number for _, number in _NUMBERS.findall(name))

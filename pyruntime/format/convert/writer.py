@@ -9,25 +9,19 @@ import ctypes
 import errno
 import hashlib
 import json
-import math
 import mmap
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from pyruntime.format.convert.checkpoint import Checkpoint
-from pyruntime.format.convert.source import Recipe
 from pyruntime.format.manifest import Shard
-from pyruntime.format.spec import PANEL, TensorSpec
-from pyruntime.ops.weight import Weight
+from pyruntime.format.spec import STORED_DTYPES, TensorSpec
 
 _ALIGN = 64  # bytes: what the kernels' loads want, and a cache line
-_PIECE_BYTES = 1 << 20  # a piece and its packed copy stay in the cache
 _BLOCK_BYTES = 4 << 20
 _PENDING = 8  # pieces between packing and the disk
 
@@ -85,44 +79,9 @@ def write_shard(
     return Shard(digest.hexdigest(), size)
 
 
-def pieces(recipe: Recipe, weights: Checkpoint, not_finite: list[str]) -> Iterator[Tensor]:
-    """The bytes of one tensor in file order, packed, a few megabytes at a time.
-
-    Panels cover whole groups of rows, so they can be packed group by group. The name of a source
-    that does not stay finite is appended to `not_finite`.
-    """
-    target = recipe.target
-    dtype = getattr(torch, target.dtype)
-    share = recipe.source_shape[0]
-    columns = target.shape[1] if len(target.shape) == 2 else 1
-
-    def rows(start: int, stop: int) -> Tensor:
-        parts = []
-        for number, name in enumerate(recipe.sources):
-            first, last = max(start - number * share, 0), min(stop - number * share, share)
-            if first >= last:
-                continue
-            part = weights.rows(name, first, last).to(dtype)
-            if name not in not_finite and not all(map(math.isfinite, torch.aminmax(part))):
-                not_finite.append(name)
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    step = max(1, _PIECE_BYTES // (columns * dtype.itemsize) // PANEL) * PANEL
-    if target.layout == "gate_up":
-        half = target.shape[0] // 2
-        for start in range(0, half, step // 2):
-            stop = min(start + step // 2, half)
-            yield Weight.pack_gate_up(rows(start, stop), rows(half + start, half + stop)).data
-        return
-    for start in range(0, target.shape[0], step):
-        piece = rows(start, min(start + step, target.shape[0]))
-        yield piece if target.layout == "plain" else Weight.pack(piece).data
-
-
 def _alignment_class(tensor: TensorSpec) -> int:
     if tensor.layout != "plain":
-        return 0
+        return 0  # int8 panels too are whole cache lines
     return 1 if tensor.dtype == "float32" else 2
 
 
@@ -131,7 +90,7 @@ def _header(tensors: list[TensorSpec]) -> bytes:
     offset = 0
     for tensor in tensors:
         table[tensor.name] = {
-            "dtype": {"bfloat16": "BF16", "float32": "F32"}[tensor.dtype],
+            "dtype": STORED_DTYPES[tensor.dtype],
             "shape": list(tensor.stored_shape),
             "data_offsets": [offset, offset + tensor.nbytes],
         }
