@@ -114,6 +114,11 @@ def main() -> None:
     size = sum(p.numel() for p in model.parameters())
     print(f"{size / 1e6:.3f} M parameters, {len(stream) / 1e6:.2f} M training tokens", flush=True)
 
+    def save() -> None:
+        whole = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        counters = {"step": step, "spent": spent, "running": running, "seen": seen}
+        save_state(args.state, {**whole, **counters, "generator": generator.get_state()})
+
     budget, start, first = args.minutes * 60, time.time() - spent, step
     saved = spent
     while spent < budget and (args.max_steps is None or step < first + args.max_steps):
@@ -140,11 +145,10 @@ def main() -> None:
                 f"{spent:.0f} s",
                 flush=True,
             )
-        if spent - saved > 120 or spent >= budget:
+        if spent - saved > 120:
             saved = spent
-            whole = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            progress_state = {"step": step, "spent": spent, "running": running, "seen": seen}
-            save_state(args.state, {**whole, **progress_state, "generator": generator.get_state()})
+            save()
+    save()
     print(f"{step} steps, {step * args.tokens / 1e6:.2f} M tokens, {spent:.0f} s", flush=True)
     if spent >= budget:
         save_model(model, args.checkpoint / "model.safetensors")

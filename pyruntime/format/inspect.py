@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyruntime.format.manifest import read_manifest
-from pyruntime.format.spec import decoder_tensors, to_dict
+from pyruntime.format.spec import family_of, model_tensors, to_dict
 
 _PARTS = ("embedding", "attention", "mlp", "experts", "routers", "norms", "gates", "head")
 _GATE = re.compile(r"gates\.|layers\.\d+\.(attn|mlp)\.gate\.")
@@ -27,14 +27,14 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     manifest = read_manifest(folder)
     parameters = dict.fromkeys(_PARTS, 0)
     sizes = dict.fromkeys(_PARTS, 0)
-    for tensor in decoder_tensors(manifest.spec, manifest.gates):
+    for tensor in model_tensors(manifest.spec, manifest.gates):
         part = _part(tensor.name)
         if not tensor.name.endswith("_scale"):  # how a number is stored is no further number
             parameters[part] += math.prod(tensor.shape)
         sizes[part] += tensor.nbytes
     return {
         "path": str(folder),
-        "family": "decoder",
+        "family": family_of(manifest.spec),
         "architecture": to_dict(manifest.spec),
         "gates": manifest.gates and to_dict(manifest.gates),
         "calibration": manifest.calibration,
@@ -55,20 +55,13 @@ def text(path: str | os.PathLike[str]) -> str:
     """
     facts = describe(path)
     spec, gates, calibration = facts["architecture"], facts["gates"], facts["calibration"]
-    tied = "tied" if spec["tie_embeddings"] else "own head"
-    scaling = (spec["rope_scaling"] or {}).get("rope_type", "no scaling")
     rows = [
-        ("model", f"{spec['source_family']} decoder, {spec['dtype']}{_quantization_text(spec)}"),
+        ("model", f"{spec['source_family']} {facts['family']}, {spec['dtype']}"
+                  f"{_quantization_text(spec)}"),
         ("layers", f"{spec['num_layers']} of width {spec['hidden_size']}, "
                    f"MLP {spec['intermediate_size']}"),
-        ("heads", f"{spec['num_heads']} query, {spec['num_kv_heads']} key/value, "
-                  f"{spec['head_dim']} wide"),
-        ("vocabulary", f"{spec['vocab_size']} tokens ({tied}), "
-                       f"end tokens {spec['eos_token_ids']}"),
-        ("positions", f"{spec['max_positions']}, rope theta {spec['rope_theta']:g}, {scaling}"),
     ]  # fmt: skip
-    if spec["experts"]:
-        rows += _expert_rows(spec["experts"], spec["num_layers"])
+    rows += _encoder_rows(spec) if facts["family"] == "encoder" else _decoder_rows(spec)
     for part in ("total", *_PARTS):
         if facts["parameters"][part]:
             count, size = facts["parameters"][part], facts["bytes"][part]
@@ -83,7 +76,31 @@ def text(path: str | os.PathLike[str]) -> str:
 
 
 def _quantization_text(spec: dict[str, Any]) -> str:
-    return f", matrices {spec['quantization']}" if spec["quantization"] else ""
+    return f", matrices {spec['quantization']}" if spec.get("quantization") else ""
+
+
+def _decoder_rows(spec: dict[str, Any]) -> list[tuple[str, str]]:
+    tied = "tied" if spec["tie_embeddings"] else "own head"
+    scaling = (spec["rope_scaling"] or {}).get("rope_type", "no scaling")
+    rows = [
+        ("heads", f"{spec['num_heads']} query, {spec['num_kv_heads']} key/value, "
+                  f"{spec['head_dim']} wide"),
+        ("vocabulary", f"{spec['vocab_size']} tokens ({tied}), "
+                       f"end tokens {spec['eos_token_ids']}"),
+        ("positions", f"{spec['max_positions']}, rope theta {spec['rope_theta']:g}, {scaling}"),
+    ]  # fmt: skip
+    return rows + (_expert_rows(spec["experts"], spec["num_layers"]) if spec["experts"] else [])
+
+
+def _encoder_rows(spec: dict[str, Any]) -> list[tuple[str, str]]:
+    sparse = len(spec["expert_layers"])
+    return [
+        ("heads", f"{spec['num_heads']}, {spec['head_dim']} wide"),
+        ("vocabulary", f"{spec['vocab_size']} tokens, end tokens {spec['eos_token_ids']}"),
+        ("positions", f"relative, {spec['buckets']} buckets up to {spec['max_distance']}"),
+        ("experts", f"1 of {spec['num_experts']} a token, in {sparse} of {spec['num_layers']} "
+                    f"layers; trained with a capacity of {spec['capacity']} per sequence"),
+    ]  # fmt: skip
 
 
 def _expert_rows(experts: dict[str, Any], layers: int) -> list[tuple[str, str]]:
@@ -139,4 +156,4 @@ def _part(name: str) -> str:
         return "routers"
     if ".experts." in name or ".shared." in name:
         return "experts"
-    return "attention" if ".attn." in name else "mlp"
+    return "attention" if ".attn." in name or name.startswith("position_bias.") else "mlp"

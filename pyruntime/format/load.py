@@ -21,7 +21,7 @@ from pyruntime.format.manifest import (
     read_manifest,
     write_manifest,
 )
-from pyruntime.format.spec import STORED_DTYPES, DecoderSpec, GateSpec, TensorSpec, decoder_tensors
+from pyruntime.format.spec import STORED_DTYPES, GateSpec, ModelSpec, TensorSpec, model_tensors
 from pyruntime.ops.weight import Weight
 
 
@@ -33,7 +33,7 @@ class Container:
     """
 
     path: Path
-    spec: DecoderSpec
+    spec: ModelSpec
     gates: GateSpec | None
     calibration: dict[str, Any] | None
     tensors: dict[str, Tensor | Weight]
@@ -86,7 +86,7 @@ def sha256_file(path: Path) -> str:
 
 def _list_problems(folder: Path, manifest: Manifest) -> list[str]:
     """The tensor list of runtime.json against the one the architecture demands."""
-    expected = {tensor.name: tensor for tensor in decoder_tensors(manifest.spec, manifest.gates)}
+    expected = {tensor.name: tensor for tensor in model_tensors(manifest.spec, manifest.gates)}
     found = {name: tensor for name, (_, tensor) in manifest.placement.items()}
     problems = [f"{folder}: missing tensor {name}" for name in expected if name not in found]
     problems += [f"{folder}: unknown tensor {name}" for name in found if name not in expected]

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from pyruntime.errors import FormatError
-from pyruntime.format.spec import DecoderSpec, GateSpec, TensorSpec, from_dict, to_dict
+from pyruntime.format.spec import (
+    FAMILIES,
+    DecoderSpec,
+    GateSpec,
+    ModelSpec,
+    TensorSpec,
+    family_of,
+    from_dict,
+    to_dict,
+)
 
 FILE_NAME = "runtime.json"
 VERSION = 1
@@ -32,7 +41,7 @@ class Shard:
 class Manifest:
     """runtime.json in memory. `placement` maps a tensor name to (shard file, TensorSpec)."""
 
-    spec: DecoderSpec
+    spec: ModelSpec
     gates: GateSpec | None
     calibration: dict[str, Any] | None
     provenance: dict[str, Any]
@@ -57,11 +66,14 @@ def read_manifest(folder: Path) -> Manifest:
         )
     problems = [f"{path}: unknown key {key!r}" for key in sorted(data.keys() - set(_KEYS))]
     problems += [f"{path}: missing key {key!r}" for key in _KEYS if key not in data]
-    if not problems and data["family"] != "decoder":
-        problems.append(f"{path}: family {data['family']!r} is not known, expected 'decoder'")
+    if not problems and data["family"] not in FAMILIES:
+        known = " or ".join(map(repr, FAMILIES))
+        problems.append(f"{path}: family {data['family']!r} is not known, expected {known}")
     if problems:
         raise FormatError("\n".join(problems))
-    spec = from_dict(DecoderSpec, data["architecture"], f"{path}: architecture")
+    spec: ModelSpec = from_dict(
+        FAMILIES[data["family"]], data["architecture"], f"{path}: architecture"
+    )
     gates = data["gates"] and from_dict(GateSpec, data["gates"], f"{path}: gates")
     calibration = data["calibration"]
     if calibration is not None:
@@ -80,7 +92,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     data = {
         "format": "pyruntime",
         "version": VERSION,
-        "family": "decoder",
+        "family": family_of(manifest.spec),
         "architecture": to_dict(manifest.spec),
         "gates": manifest.gates and to_dict(manifest.gates),
         "calibration": manifest.calibration,
@@ -124,9 +136,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def calibration_problems(data: object, spec: DecoderSpec, gates: GateSpec | None) -> list[str]:
+def calibration_problems(data: object, spec: ModelSpec, gates: GateSpec | None) -> list[str]:
     """What is wrong with a calibration record of this model; empty when it can be used."""
     kind: str
+    if not isinstance(spec, DecoderSpec):
+        return ["calibration: an encoder has none"]
     if gates is not None:
         kind, shape, least = gates.kind, [spec.num_layers, 2], 0.0
     elif spec.experts is not None:

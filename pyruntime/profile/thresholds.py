@@ -130,8 +130,8 @@ class ExpertThresholds:
         return torch.stack([self._pass(call, 1.0) for call in calls]).amax(0)
 
     def find(self, call: Call, budget: float) -> Tensor:
-        # The layers below are cut by the mass found before, in another call or for the budget above:
-        # it is near, and shares change little.
+        # The layers below are cut by the mass found just before, in another call or for the budget
+        # above: it is near, and shares change little.
         found = self._pass(call, budget)
         self._mass = float(found[0])
         return found

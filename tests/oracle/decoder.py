@@ -1,7 +1,7 @@
 """A whole forward pass, in plain torch, of what a model folder says: slow, and easy to check.
 
-It reads the same specification and tensors as the runtime and shares none of its layers or ops: when
-another implementation differs, one sees whether the folder is at fault or the runtime.
+It reads the same specification and tensors as the runtime, but shares no layer and no op with it:
+when another implementation differs, one sees whether the folder is at fault or the runtime.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from pyruntime.format.convert.source import Source
 from pyruntime.format.convert.stage import Stage, check_destination, open_stage
 from pyruntime.format.convert.writer import plan_shards, write_shard
 from pyruntime.format.manifest import VERSION, Manifest, Shard, write_manifest
-from pyruntime.format.spec import DecoderSpec, GateSpec, TensorSpec, to_dict
+from pyruntime.format.spec import DecoderSpec, GateSpec, ModelSpec, TensorSpec, to_dict
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
@@ -40,7 +40,7 @@ class Report:
 
     source: Path
     destination: Path
-    spec: DecoderSpec
+    spec: ModelSpec
     gates: GateSpec | None
     tensors: int
     bytes: int
@@ -53,7 +53,8 @@ class Report:
     def __str__(self) -> str:
         done = "would convert" if self.dry_run else "converted"
         gated = f" with {self.gates.gate_type} gates" if self.gates else ""
-        stored = self.spec.quantization or self.spec.dtype
+        spec = self.spec
+        stored = (isinstance(spec, DecoderSpec) and spec.quantization) or spec.dtype
         resumed = f", {self.resumed} of them from an earlier run" if self.resumed else ""
         first = (
             f"{done} {self.source} ({self.spec.source_family}{gated}, {stored}) to "

@@ -134,9 +134,9 @@ class Config:
             "o_bias": o_bias,
             "mlp_bias": False,
             "qk_norm": False,
-            "bos_token_id": self._token("bos_token_id"),
-            "eos_token_ids": self._eos(),
-            "pad_token_id": self._token("pad_token_id"),
+            "bos_token_id": self.token("bos_token_id"),
+            "eos_token_ids": self.eos(),
+            "pad_token_id": self.token("pad_token_id"),
             "dtype": "float32",
         }
         if not self.problems:
@@ -153,13 +153,14 @@ class Config:
             return default
         return float(value)  # type: ignore[arg-type]
 
-    def _eos(self) -> tuple[int, ...]:
+    def eos(self) -> tuple[int, ...]:
         """End tokens of both files: chat models name the end of a turn only in the second."""
         found = self._tokens("eos_token_id", self.data)
         found += self._tokens("eos_token_id", self._generation)
         return tuple(dict.fromkeys(found))
 
-    def _token(self, key: str) -> int | None:
+    def token(self, key: str) -> int | None:
+        """The first token of a key that holds one, several or none."""
         return next(iter(self._tokens(key, self.data)), None)
 
     def _tokens(self, key: str, data: dict[str, Any]) -> list[int]:

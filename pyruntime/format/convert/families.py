@@ -18,6 +18,7 @@ from pyruntime.format.convert import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    switch_transformers,
 )
 from pyruntime.format.convert.family import Family
 
@@ -35,5 +36,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "deepseek_v3": deepseek_v3,
         "gpt_oss": gpt_oss,
         "phimoe": phimoe,
+        "switch_transformers": switch_transformers,
     }
 )

@@ -19,7 +19,7 @@ from pyruntime.format.convert.config import Config
 from pyruntime.format.convert.families import FAMILIES
 from pyruntime.format.convert.family import Modules, Reading
 from pyruntime.format.convert.recipe import Recipe
-from pyruntime.format.spec import DecoderSpec, GateSpec, decoder_tensors
+from pyruntime.format.spec import DecoderSpec, EncoderSpec, GateSpec, ModelSpec, model_tensors
 
 # Suffixes of ours whose numbers come from a tensor with another.
 _SUFFIXES = {"weight_scale": "weight", "selection_bias": "e_score_correction_bias"}
@@ -37,7 +37,7 @@ class Source:
     """
 
     folder: Path
-    spec: DecoderSpec
+    spec: ModelSpec
     checkpoint: Checkpoint
     modules: Modules
     gates: GateSpec | None = None
@@ -48,7 +48,7 @@ class Source:
 
     def recipes(self) -> list[Recipe]:
         """One recipe per tensor of the destination, in its order."""
-        targets = {target.name: target for target in decoder_tensors(self.spec, self.gates)}
+        targets = {target.name: target for target in model_tensors(self.spec, self.gates)}
         return [
             # A scale is made of the rows of its matrix.
             Recipe(target, self._sources_of(name), targets[name.removesuffix("_scale")])
@@ -70,7 +70,13 @@ class Source:
         if dtype == "bfloat16" and "float32" in everything:
             which = "weights" if "float32" in backbone else "gate weights"
             notes.append(f"float32 {which} are rounded to bfloat16")
-        spec = dataclasses.replace(self.spec, dtype=dtype, quantization=quantize)
+        spec: ModelSpec
+        if isinstance(self.spec, DecoderSpec):
+            spec = dataclasses.replace(self.spec, dtype=dtype, quantization=quantize)
+        elif quantize is None:
+            spec = dataclasses.replace(self.spec, dtype=dtype)
+        else:
+            raise ConversionError(f"{self.folder}: an encoder cannot be quantised to {quantize}")
         return dataclasses.replace(self, spec=spec), notes
 
     def check(self) -> None:
@@ -138,7 +144,7 @@ class Source:
         entries = self.checkpoint.entries
         return {
             entries[name].dtype
-            for target in decoder_tensors(dataclasses.replace(self.spec, dtype="bfloat16"), gates)
+            for target in model_tensors(dataclasses.replace(self.spec, dtype="bfloat16"), gates)
             if target.dtype == "bfloat16"
             for name in self._sources_of(target.name)
             if name in entries
@@ -150,8 +156,8 @@ class Source:
         module, suffix = _LAYER.sub("layers.{i}.", target).rsplit(".", 1)
         suffix = _SUFFIXES.get(suffix, suffix)
         names = [theirs.replace("{i}", number) for theirs in self.modules[module]]
-        if self.spec.experts is not None and any("{e}" in name for name in names):
-            every = range(self.spec.experts.num_experts)
+        if any("{e}" in name for name in names):
+            every = range(_num_experts(self.spec))
             names = [name.replace("{e}", str(e)) for e in every for name in names]
         return tuple(f"{name}.{suffix}" for name in names)
 
@@ -190,8 +196,8 @@ def open_folder(folder: Path) -> Source:
     reading = open_model(folder)
     return Source(
         folder, reading.spec, reading.view(checkpoint.open_folder(folder)), reading.modules,
-        copies=tied_copies(reading.spec), described_by=description_files(folder),
-        notes=reading.notes,
+        copies={**tied_copies(reading.spec), **reading.copies},
+        described_by=description_files(folder), notes=reading.notes,
     )  # fmt: skip
 
 
@@ -201,9 +207,16 @@ def description_files(folder: Path) -> tuple[Path, ...]:
     return tuple(path for path in files if path.is_file())
 
 
-def tied_copies(spec: DecoderSpec) -> dict[str, str]:
+def tied_copies(spec: ModelSpec) -> dict[str, str]:
     """A tied head is often written out; it is fine while it equals the embedding."""
-    return {"lm_head.weight": "model.embed_tokens.weight"} if spec.tie_embeddings else {}
+    tied = isinstance(spec, DecoderSpec) and spec.tie_embeddings
+    return {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
+
+
+def _num_experts(spec: ModelSpec) -> int:
+    if isinstance(spec, EncoderSpec):
+        return spec.num_experts
+    return spec.experts.num_experts if spec.experts is not None else 0
 
 
 def same_values(weights: Checkpoint, one: str, other: str) -> bool:

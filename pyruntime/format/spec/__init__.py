@@ -10,11 +10,13 @@ from pyruntime.format.spec.decoder import DecoderSpec, LatentSpec
 from pyruntime.format.spec.encoder import EncoderSpec, encoder_tensors
 from pyruntime.format.spec.experts import ExpertSpec, RouterSpec
 from pyruntime.format.spec.gates import GateSpec
+from pyruntime.format.spec.model import FAMILIES, ModelSpec, family_of, model_tensors
 from pyruntime.format.spec.record import from_dict, to_dict
 from pyruntime.format.spec.rope import ROPE_SCALING_KEYS, rope_scaling_problems
 from pyruntime.format.spec.tensors import PANEL, STORED_DTYPES, TensorSpec, decoder_tensors
 
 __all__ = [
+    "FAMILIES",
     "PANEL",
     "ROPE_SCALING_KEYS",
     "STORED_DTYPES",
@@ -23,11 +25,14 @@ __all__ = [
     "ExpertSpec",
     "GateSpec",
     "LatentSpec",
+    "ModelSpec",
     "RouterSpec",
     "TensorSpec",
     "decoder_tensors",
     "encoder_tensors",
+    "family_of",
     "from_dict",
+    "model_tensors",
     "rope_scaling_problems",
     "to_dict",
 ]
