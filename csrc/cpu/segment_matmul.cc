@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kBlockRows = 240;         // rows that share one pass over a panel
 constexpr int64_t kBlockBytes = 768 << 10;  // their packed size: with a panel it stays in L2 or L3
 constexpr int64_t kColumns = 32;
+constexpr int64_t kTailItems = 8;  // a thread, of the blocks that are cut
 
 struct Item {
   int64_t segment, row, rows, panel, panels;
@@ -36,7 +37,7 @@ class Work {
     // Whole blocks first; the last ones are cut by panels so that threads end together.
     const int64_t tail = std::min<int64_t>(blocks, 2 * threads);
     whole_ = blocks - tail;
-    const int64_t wanted = blocks <= threads ? 6 * threads / std::max<int64_t>(blocks, 1) : 4;
+    const int64_t wanted = (kTailItems * threads + tail - 1) / std::max<int64_t>(tail, 1);
     pieces_ = threads == 1 ? 1 : std::clamp<int64_t>(wanted, 1, panels_);
     count_ = whole_ + tail * pieces_;
   }

@@ -143,8 +143,8 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "rotate positions": (lambda: native.rotate(X, X, I4[:3], None, 8), r"positions must be \[4\]"),
     "append cache": (
-        lambda: native.append(X, X[:, :4].clone(), I4, I4, KEYS, KEYS, 4),
-        "append: values must be .* rank 5",
+        lambda: native.append(X, X[:, :4].clone(), I4, I4, KEYS, KEYS[0, 0, 0], 4),
+        r"a cache of 1 blocks and 1 heads of 4 has 1024 keys and as many values, got .* and \[32\]",
     ),
     "append slots": (
         lambda: native.append(X, X[:, :4].clone(), I4, I4.long(), KEYS, VALUES, 4),

@@ -15,26 +15,10 @@ from pyruntime.ops.native.binding import F32, I32, check, check_float, cpu, refu
 _BLOCK = 32  # kBlock and kHeadPad of csrc/ops.h
 
 
-def _check_all(
-    op: str,
-    dtype: torch.dtype,
-    names: tuple[str, ...],
-    ranks: tuple[int, ...],
-    tensors: tuple[Tensor, ...],
-) -> None:
-    """`check` of several tensors for the price of one call."""
-    for tensor, rank in zip(tensors, ranks, strict=True):
-        if (
-            tensor.dtype is not dtype
-            or tensor.dim() != rank
-            or not tensor.is_contiguous()
-            or not tensor.is_cpu
-        ):
-            break
-    else:
-        return
-    for name, rank, tensor in zip(names, ranks, tensors, strict=True):
-        check(op, name, tensor, dtype, rank)
+def _check_type(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """`check` without rank and device, for tensors whose number of elements is compared next."""
+    if tensor.dtype is not dtype or not tensor.is_contiguous():
+        raise refuse(op, name, f"a contiguous {dtype} tensor", tensor)
 
 
 def _check_heads(op: str, width: int, cos_sin: Tensor, norm: Tensor | None, head_dim: int) -> None:
@@ -51,11 +35,12 @@ def _check_heads(op: str, width: int, cos_sin: Tensor, norm: Tensor | None, head
 
 def _check_rows(op: str, rows: Tensor | None, positions: Tensor, count: int) -> int:
     """Address of rows, one for each of ``count``; without rows there must be as many positions."""
+    _check_type(op, "positions", positions, I32)
     if rows is None:
         if positions.numel() != count:
             raise refuse(op, "positions", f"[{count}]", positions)
         return 0
-    check(op, "rows", rows, I32, 1)
+    _check_type(op, "rows", rows, I32)
     if rows.numel() != count:
         raise refuse(op, "rows", f"[{count}]", rows)
     return rows.data_ptr()
@@ -63,8 +48,8 @@ def _check_rows(op: str, rows: Tensor | None, positions: Tensor, count: int) -> 
 
 def _check_cache(op: str, keys: Tensor, values: Tensor, dtype: torch.dtype, head_dim: int) -> int:
     """Heads of a layer of `pyruntime.layers.kv.PagedKV` that holds heads of ``head_dim``."""
-    ranks = (5, 6) if dtype is torch.bfloat16 else (4, 5)
-    _check_all(op, dtype, ("keys", "values"), ranks, (keys, values))
+    _check_type(op, "keys", keys, dtype)
+    _check_type(op, "values", values, dtype)
     shape = keys.shape
     size = shape[0] * shape[1] * -(-head_dim // _BLOCK) * _BLOCK * _BLOCK
     if keys.numel() != size or values.numel() != size:
@@ -88,7 +73,6 @@ def rotate(
     code = check_float("rotate", "q", q, 2)
     count, width = q.shape
     _check_heads("rotate", width, cos_sin, norm, head_dim)
-    check("rotate", "positions", positions, I32, 1)
     chosen = _check_rows("rotate", rows, positions, count)
     cpu.rotate(
         q.data_ptr(),
@@ -120,8 +104,8 @@ def append(
     code = check_float("append", "kv", kv, 2)
     count, width = kv.shape
     _check_heads("append", width, cos_sin, key_norm, head_dim)
-    _check_all("append", I32, ("positions", "slots"), (1, 1), (positions, slots))
     _check_rows("append", None, positions, count)
+    _check_type("append", "slots", slots, I32)
     if slots.numel() != count:
         raise refuse("append", "slots", f"[{count}]", slots)
     heads = _check_cache("append", keys, values, kv.dtype, head_dim)
@@ -159,10 +143,8 @@ def attention(
     """Causal attention over the paged cache; see `pyruntime.ops.reference.attention`."""
     code = check_float("attention", "q", q, 2)
     count, width = q.shape
-    _check_all(
-        "attention", I32, ("positions", "sequences", "block_tables"), (1, 1, 2),
-        (positions, sequences, block_tables),
-    )  # fmt: skip
+    _check_type("attention", "sequences", sequences, I32)
+    check("attention", "block_tables", block_tables, I32, 2)
     chosen = _check_rows("attention", rows, positions, count)
     kv_heads = _check_cache("attention", keys, values, q.dtype, head_dim)
     heads = width // head_dim
