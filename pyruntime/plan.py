@@ -75,6 +75,39 @@ class Plan:
             return (self.inverse >= 0).float()
         return F.pad(self.weights, (0, 1))[self.inverse.long()]  # -1 finds the zero at the end
 
+    def aligned(self, block: int) -> tuple[Tensor, Tensor]:
+        """The block-aligned form that vLLM's and SGLang's grouped kernels take.
+
+        Every segment is padded to whole blocks, so that a block belongs to one segment.
+
+        Args:
+            block: rows of a block, at least 1.
+
+        Returns:
+            int32 [B * block] flat slots (row * K + choice) of the packed rows, N * K where padded;
+            int32 [B] segment of every block.
+
+        Raises:
+            InvalidInput: `block` is not positive.
+        """
+        if block < 1:
+            raise InvalidInput(f"plan: a block needs at least one row, got {block}")
+        sizes = self.offsets.diff().long()
+        blocks = (sizes + block - 1) // block
+        device = self.offsets.device
+        segments = torch.repeat_interleave(torch.arange(len(sizes), device=device), blocks)
+        # Padding before a segment shifts its rows.
+        shift = (blocks * block).cumsum(0) - blocks * block - self.offsets[:-1].long()
+        packed = torch.arange(self.kept, device=device)
+        place = packed + torch.repeat_interleave(shift, sizes)
+        position = self.inverse.flatten().long()
+        taken = torch.nonzero(position >= 0)[:, 0]
+        slots = torch.full(
+            (len(segments) * block,), self.inverse.numel(), dtype=torch.int32, device=device
+        )
+        slots[place[position[taken]]] = taken.int()
+        return slots, segments.int()
+
     def validate(self) -> None:
         """Check every invariant of the class; for tests and for plans made outside the planners.
 

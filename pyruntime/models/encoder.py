@@ -111,7 +111,7 @@ class Encoder:
         return y
 
     def _position_bias(self, length: int) -> Tensor:
-        """[1, heads, T, T] of one sequence in the model's dtype; T5's buckets (arXiv 1910.10683)."""
+        """[1, heads, T, T] of one sequence in the model's dtype; buckets of arXiv 1910.10683."""
         place = torch.arange(length)
         distance = place[None] - place[:, None]
         half = self.spec.buckets // 2

@@ -27,6 +27,7 @@ from tests.ops.strategies import (
     generator,
     normal,
     partition_cases,
+    seeds,
     several_threads,
     threshold_cases,
     vectors,
@@ -220,3 +221,22 @@ def test_is_all_needs_one_segment_and_one_choice() -> None:
 def test_nan_payloads_are_one_nan() -> None:
     two = torch.tensor([0x7FC00000, 0x7FC00001], dtype=torch.int32).view(torch.float32)
     assert bits(two).unique().numel() == 1
+
+
+def test_v7_block_aligned_form() -> None:
+    ids = torch.tensor([[2, 3, 4], [1, 2, 4], [1, 3, 4], [1, 2, 3]], dtype=torch.int32)
+    slots, experts = reference.plan_partition(ids, 5).aligned(4)
+    assert slots.tolist() == [3, 6, 9, 12, 0, 4, 10, 12, 1, 7, 11, 12, 2, 5, 8, 12]
+    assert experts.tolist() == [1, 2, 3, 4]
+
+
+@given(seeds, st.integers(0, 40), st.integers(1, 4), st.integers(1, 7))
+def test_block_aligned_form_holds_every_choice_once(seed: int, n: int, k: int, block: int) -> None:
+    ids = torch.randint(-1, 6, (n, k), generator=generator(seed), dtype=torch.int32)
+    slots, experts = reference.plan_partition(ids, 6).aligned(block)
+    assert slots.shape[0] == experts.shape[0] * block
+    real = slots < n * k
+    assert slots[real].sort().values.tolist() == torch.nonzero(ids.flatten() >= 0)[:, 0].tolist()
+    owner = experts.repeat_interleave(block)
+    assert torch.equal(ids.flatten()[slots[real].long()], owner[real])
+    assert int((~real).sum()) <= (block - 1) * experts.unique().numel()
