@@ -131,8 +131,8 @@ void run_item(const MatmulArgs& args, const Item& item, const T* packed, int64_t
   const int64_t words = depth.words, columns = args.columns();
   const int64_t vector = item.segment * args.out_features;  // where its bias and scale begin
   const W* weight = static_cast<const W*>(args.weight) + item.segment * panels * words * kColumns;
-  // int8 that serves many tiles is converted once; for one tile, on the way to the products.
-  T* converted = kInt8 && item.rows > kTileRows ? wide.template take<T>(words * kColumns) : nullptr;
+  T* converted =
+      kInt8 && item.rows > kConvertRows<T> ? wide.template take<T>(words * kColumns) : nullptr;
   for (int64_t p = item.panel; p < item.panel + item.panels; ++p) {
     const W* panel = weight + p * words * kColumns;
     f32x16 bias_lo{}, bias_hi{}, scale_lo{}, scale_hi{};

@@ -156,6 +156,16 @@ inline void tile(const T* a, const int8_t* b, int64_t steps, f32x16 (&acc)[M][2]
   for (int m = 0; m < M; ++m) acc[m][0] = c[m][0], acc[m][1] = c[m][1];
 }
 
+// Up to so many rows converting on the way to every tile costs less than converting a panel once
+// (measured): pairs from the table hide behind the products altogether.
+#if defined(__AVX512VBMI__)
+template <class T>
+constexpr int64_t kConvertRows = sizeof(T) == 2 ? INT64_MAX : 2 * kTileRows;
+#else
+template <class T>
+constexpr int64_t kConvertRows = kTileRows;
+#endif
+
 // A panel of int8 as one of T, in the order of columns of widen_pairs.
 inline void widen_panel(const int8_t* from, int64_t steps, bf16* to) {
   for (int64_t k = 0; k < steps; ++k, from += 64, to += 64) {
