@@ -12,4 +12,6 @@ status=0
 for scenario in prefill decode vector; do
   "$python" -m bench.bench_gateskip "$scenario" --work "$work" || status=1
 done
+"$python" -m bench.bench_moe || status=1
+"$python" -m bench.bench_moe_model --work "$work" || status=1
 exit $status

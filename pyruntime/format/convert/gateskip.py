@@ -54,10 +54,10 @@ def open_state_dict(path: Path, base: Path | None, sidecar: Path | None) -> Sour
     folder = _base_folder(path, base, notes, notes_path)
     reading = source.open_model(folder)
     spec = reading.spec
-    if not isinstance(spec, DecoderSpec) or spec.experts is not None:
-        raise ConversionError(
-            f"{path}: residual gates on an encoder or an expert model are not implemented"
-        )
+    if not isinstance(spec, DecoderSpec):
+        raise ConversionError(f"{path}: residual gates on an encoder are not implemented")
+    if spec.experts is not None:
+        raise ConversionError(f"{path}: residual gates on an expert model are not implemented")
     whole = any(not _GATE.match(name) for name in weights.entries)
     found = _detect(weights, spec)
     gates = _gate_spec(found, notes, notes_path)
