@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,9 @@ import torch
 import pyruntime
 from pyruntime.errors import ConversionError, FormatError, InvalidInput
 from tests.models.session import plain
+from tests.parity import need_transformers
 
-if importlib.util.find_spec("transformers") is None:
-    reason = "transformers is not installed: nothing to compare with (pip install transformers)"
-    if os.environ.get("PYRUNTIME_REQUIRE_PARITY") == "1":
-        raise ImportError(f"PYRUNTIME_REQUIRE_PARITY=1, but {reason}")
-    pytest.skip(reason, allow_module_level=True)
+need_transformers()
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTHS = (1, 17, 40)

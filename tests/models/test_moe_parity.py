@@ -6,8 +6,6 @@ folder against transformers by a plain forward pass (`tests.oracle.decoder`), an
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +17,12 @@ from pyruntime.engine.llm import LLM
 from pyruntime.format.convert import convert
 from tests.checkpoints import write_tokenizer
 from tests.models.session import opened, random_tokens
+from tests.models.test_parity import GREEDY, greedy
 from tests.moe_checkpoints import write_moe_folder
 from tests.oracle.decoder import logits_of_folder
+from tests.parity import need_transformers
 
-if importlib.util.find_spec("transformers") is None:
-    reason = "transformers is not installed: nothing to compare with (pip install transformers)"
-    if os.environ.get("PYRUNTIME_REQUIRE_PARITY") == "1":
-        raise ImportError(f"PYRUNTIME_REQUIRE_PARITY=1, but {reason}")
-    pytest.skip(reason, allow_module_level=True)
-
-from tests.models.test_parity import GREEDY, greedy
-
+need_transformers()
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,

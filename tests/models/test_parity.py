@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,9 @@ from pyruntime.engine.request import SamplingParams
 from pyruntime.format.convert import convert
 from tests.checkpoints import write_hf_folder
 from tests.models.session import Session, opened, random_tokens
+from tests.parity import need_transformers
 
-if importlib.util.find_spec("transformers") is None:
-    reason = "transformers is not installed: nothing to compare with (pip install transformers)"
-    if os.environ.get("PYRUNTIME_REQUIRE_PARITY") == "1":
-        raise ImportError(f"PYRUNTIME_REQUIRE_PARITY=1, but {reason}")
-    pytest.skip(reason, allow_module_level=True)
+need_transformers()
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LLAMA3 = {

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
-import os
 from typing import Any
 
 import pytest
@@ -16,12 +14,9 @@ from pyruntime.format.spec.experts import ExpertSpec, RouterSpec
 from pyruntime.gates.experts import Capacity, CappedGate, Gate, Linear, constructor_of, gate_of
 from pyruntime.ops import Weight, native
 from tests.gates.experts.cases import Given
+from tests.parity import need_transformers
 
-if importlib.util.find_spec("transformers") is None:
-    reason = "transformers is not installed: nothing to compare with (pip install transformers)"
-    if os.environ.get("PYRUNTIME_REQUIRE_PARITY") == "1":
-        raise ImportError(f"PYRUNTIME_REQUIRE_PARITY=1, but {reason}")
-    pytest.skip(reason, allow_module_level=True)
+need_transformers()
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 H, ROWS = 64, 2000
