@@ -63,7 +63,9 @@ def set_thresholds(runtime: Runtime, tables: dict[float, torch.Tensor]) -> None:
         [[None if tau == -torch.inf else tau for tau in layer] for layer in table.tolist()]
         for table in grid.values()
     ]
-    runtime.decisions.calibration = Calibration({"budgets": list(grid), "thresholds": thresholds})
+    runtime.decisions.calibration = Calibration(
+        {"kind": "gateskip", "budgets": list(grid), "thresholds": thresholds}
+    )
 
 
 def _with_gates(container: Container, gate_type: str) -> Container:
