@@ -8,6 +8,7 @@ read R themselves and nothing synchronises. Zero rows launch nothing.
 
 from __future__ import annotations
 
+from pyruntime.ops.cuda.exit import plan_exit
 from pyruntime.ops.cuda.matmul import choose_kernel, segment_matmul
 from pyruntime.ops.cuda.move import combine, compact, gather
 from pyruntime.ops.cuda.plan import plan_partition, plan_threshold, plan_topk, quantile
@@ -17,6 +18,7 @@ __all__ = [
     "combine",
     "compact",
     "gather",
+    "plan_exit",
     "plan_partition",
     "plan_threshold",
     "plan_topk",

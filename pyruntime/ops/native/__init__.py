@@ -8,6 +8,7 @@ from __future__ import annotations
 from pyruntime.ops.native.attention import append, attention, rotate
 from pyruntime.ops.native.binding import isa
 from pyruntime.ops.native.compute import gate, rms_norm, segment_matmul
+from pyruntime.ops.native.exit import plan_exit
 from pyruntime.ops.native.move import combine, compact, gather
 from pyruntime.ops.native.plan import plan_partition, plan_threshold, plan_topk, quantile
 
@@ -19,6 +20,7 @@ __all__ = [
     "gate",
     "gather",
     "isa",
+    "plan_exit",
     "plan_partition",
     "plan_threshold",
     "plan_topk",

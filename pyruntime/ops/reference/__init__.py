@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pyruntime.ops.reference.attention import BLOCK, append, attention, read_cache, rotate
 from pyruntime.ops.reference.compute import gate, rms_norm, segment_matmul
+from pyruntime.ops.reference.exit import plan_exit
 from pyruntime.ops.reference.move import combine, compact, gather
 from pyruntime.ops.reference.plan import plan_partition, plan_threshold, plan_topk, quantile
 
@@ -18,6 +19,7 @@ __all__ = [
     "compact",
     "gate",
     "gather",
+    "plan_exit",
     "plan_partition",
     "plan_threshold",
     "plan_topk",
