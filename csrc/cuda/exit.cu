@@ -27,7 +27,7 @@ struct ExitIn {
   const float* weight;       // [N, D]
   const float* bias;         // [N] or null
   const float* norm_weight;  // [D] or null: no norm
-  const float* norm_bias;    // [D] or null
+  const float* norm_bias;    // [D]
   float* outputs;            // [n, N]: written by a head, read by a gate
   float* state;              // [n, 3]
   const float* limits;       // [n, 2]
@@ -64,10 +64,8 @@ __device__ inline void class_row(const ExitIn& in, int n, float* y) {
   float squares = 0.0f;
   for (int k = lane_id(); k < in.width; k += kWarp) squares += (y[k] - mean) * (y[k] - mean);
   const float scale = __fdiv_rn(1.0f, __fsqrt_rn(warp_sum(squares) / in.width + in.eps));
-  for (int k = lane_id(); k < in.width; k += kWarp) {
-    const float bias = in.norm_bias ? in.norm_bias[k] : 0.0f;
-    y[k] = (y[k] - mean) * scale * in.norm_weight[k] + bias;
-  }
+  for (int k = lane_id(); k < in.width; k += kWarp)
+    y[k] = (y[k] - mean) * scale * in.norm_weight[k] + in.norm_bias[k];
 }
 
 extern __shared__ float class_rows_of_block[];  // [kRows][D]

@@ -79,7 +79,7 @@ class ExitHead:
             output is its score.
         bias: float32 [N], or None for 0.
         norm_weight: float32 [D], or None: rows are multiplied as they are.
-        norm_bias: float32 [D], or None for 0; needs ``norm_weight``.
+        norm_bias: float32 [D]; needs ``norm_weight``, beside which None becomes zeros.
         eps: of the norm, added to the variance.
     """
 
@@ -122,6 +122,8 @@ class ExitHead:
             raise InvalidInput("ExitHead: norm_bias needs norm_weight, got None")
         if not (isfinite(self.eps) and self.eps > 0):
             raise InvalidInput(f"ExitHead: eps must be positive and finite, got {self.eps}")
+        if self.norm_weight is not None and self.norm_bias is None:
+            object.__setattr__(self, "norm_bias", torch.zeros_like(self.norm_weight))
 
 
 def exit_shape(

@@ -202,6 +202,19 @@ def test_what_the_gates_add_up_to(ops: ModuleType) -> None:
 
 
 @both
+def test_tau_divides_the_share(ops: ModuleType) -> None:
+    for composition, wanted in (
+        ("mass_sum", 0.25 + 0.3 * 4),
+        ("independent", 0.3 / 0.75 * 0.5 * 4),
+    ):
+        rule = share_rules([0.3], composition)[0]
+        state = torch.tensor([[0.25, 0.0, 0.0]])
+        confidence = ops.plan_exit(torch.zeros(1, 2), rule, state, limits_of(1, NAN, 0.25))[1]
+        assert float(confidence[0]) == pytest.approx(wanted, abs=1e-6)
+        assert float(state[0, 0]) == pytest.approx(0.55, abs=1e-6)
+
+
+@both
 @pytest.mark.parametrize(("named", "patience", "level"), PATIENCE)
 def test_patience(ops: ModuleType, named: str, patience: int, level: int) -> None:
     limits = limits_of(1, float(patience))
@@ -287,16 +300,22 @@ def test_what_is_not_finite_never_leaves(ops: ModuleType, criterion: str) -> Non
 
 @both
 def test_a_score_that_is_not_finite_never_leaves(ops: ModuleType) -> None:
-    weight = Weight.pack(torch.eye(3))
-    for row, leaves in (([1, 2, INF], False), ([1, NAN, 9], False), ([1, 2, 9], True)):
+    for score, leaves in ((INF, False), (-INF, False), (NAN, False), (9.0, True)):
+        head = ExitHead(Weight.pack(torch.eye(3)), torch.tensor([0.0, 0.0, score]))
         logits, confidence, plan = ops.plan_exit(
-            torch.tensor([row], dtype=torch.float32), rule_of("learned"), torch.zeros(1, 3),
-            limits_of(1, 0.5), ExitHead(weight),
+            torch.tensor([[1.0, 2.0, 0.0]]), rule_of("learned"), torch.zeros(1, 3),
+            limits_of(1, -INF), head,
         )  # fmt: skip
-        assert (plan.kept == 0) == leaves
-        if leaves:
-            assert logits.tolist() == [[1.0, 2.0]]
-            assert float(confidence[0]) == pytest.approx(1 / (1 + math.exp(-9)))
+        assert logits.tolist() == [[1.0, 2.0]] and (plan.kept == 0) == leaves
+        wanted = 1 / (1 + math.exp(-9)) if leaves else NAN
+        assert float(confidence[0]) == pytest.approx(wanted, nan_ok=True)
+
+
+@both
+def test_a_head_that_names_nothing_agrees_with_none(ops: ModuleType) -> None:
+    state = torch.tensor([[0.0, 3.0, 0.0]])
+    ops.plan_exit(torch.tensor([[NAN, 1.0]]), rule_of("patience"), state, limits_of(1, NAN))
+    assert not state.any()
 
 
 @both
