@@ -1,0 +1,109 @@
+// patches: what a convolution with these kernels reads, one row for every place it stops at, so
+// that the convolution is a matmul. Limit: one read of the image and one write of the rows.
+#include <omp.h>
+
+#include <algorithm>
+
+#include "cpu/simd.h"
+#include "ops.h"
+
+namespace pyrt::PYRT_ISA {
+namespace {
+
+template <class In, class Out>
+inline void copy(const In* from, int64_t count, Out* to) {
+  for (; count >= 16; count -= 16, from += 16, to += 16) store(to, load(from));
+  if (count > 0) store_part(to, load_part(from, count), count);
+}
+
+// Where patch row or column i lies in the image: the part from..to of it, that begins at `first`.
+struct Span {
+  int64_t first, from, to;
+  Span(int64_t i, const PatchArgs& args, int64_t limit)
+      : first(i * args.stride - args.padding),
+        from(std::clamp<int64_t>(-first, 0, args.size)),
+        to(std::clamp<int64_t>(limit - first, from, args.size)) {}
+};
+
+// One line of patches of an image [C, H, W]. Lines of the image are read from end to end: its
+// patches are then written a piece at a time, which the cache gathers.
+template <class In, class Out>
+void line_of_planes(const PatchArgs& args, const In* image, int64_t i, Out* out) {
+  const int64_t size = args.size, across = args.across(), columns = args.channels * size * size;
+  const Span rows(i, args, args.height);
+  for (int64_t c = 0; c < args.channels; ++c) {
+    for (int64_t y = 0; y < size; ++y, out += size) {
+      if (y < rows.from || y >= rows.to) {
+        for (int64_t j = 0; j < across; ++j) std::fill_n(out + j * columns, size, Out(0));
+        continue;
+      }
+      const In* line = image + (c * args.height + rows.first + y) * args.width;
+      for (int64_t j = 0; j < across; ++j) {
+        const Span part(j, args, args.width);
+        Out* to = out + j * columns;
+        std::fill_n(to, part.from, Out(0));
+        copy(line + part.first + part.from, part.to - part.from, to + part.from);
+        std::fill_n(to + part.to, size - part.to, Out(0));
+      }
+    }
+  }
+}
+
+// One line of patches of a map [H, W, C]: every patch is a transpose of its taps.
+template <class In, class Out>
+void line_of_tokens(const PatchArgs& args, const In* map, int64_t i, Out* out) {
+  const int64_t size = args.size, taps = size * size, channels = args.channels;
+  const Span rows(i, args, args.height);
+  for (int64_t j = 0; j < args.across(); ++j, out += channels * taps) {
+    const Span part(j, args, args.width);
+    for (int64_t t = 0; t < taps; t += 16) {
+      const int64_t count = std::min<int64_t>(taps - t, 16);
+      const In* tap[16];  // null outside of the map
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t y = (t + k) / size, x = (t + k) % size;
+        const bool inside = y >= rows.from && y < rows.to && x >= part.from && x < part.to;
+        tap[k] =
+            inside ? map + ((rows.first + y) * args.width + part.first + x) * channels : nullptr;
+      }
+      int64_t c = 0;
+#if defined(__AVX512F__)
+      for (; c < channels; c += 16) {
+        const int64_t lanes = std::min<int64_t>(channels - c, 16);
+        f32x16 block[16] = {};
+        for (int64_t k = 0; k < count; ++k)
+          if (tap[k]) block[k] = load_part(tap[k] + c, lanes);
+        transpose(block);
+        for (int64_t l = 0; l < lanes; ++l) store_part(out + (c + l) * taps + t, block[l], count);
+      }
+#endif
+      for (; c < channels; ++c)
+        for (int64_t k = 0; k < count; ++k)
+          from_float(tap[k] ? to_float(tap[k][c]) : 0.0f, out + c * taps + t + k);
+    }
+  }
+}
+
+template <class In, class Out>
+void run(const PatchArgs& args) {
+  const int64_t down = args.down(), pixels = args.channels * args.height * args.width;
+  const int64_t line = args.across() * args.channels * args.size * args.size;
+#pragma omp parallel for schedule(static) if (args.images * down * line >= 64 << 10)
+  for (int64_t item = 0; item < args.images * down; ++item) {
+    const In* image = static_cast<const In*>(args.x) + item / down * pixels;
+    Out* out = static_cast<Out*>(args.out) + item * line;
+    args.channels_last ? line_of_tokens(args, image, item % down, out)
+                       : line_of_planes(args, image, item % down, out);
+  }
+}
+
+}  // namespace
+
+void patches(const PatchArgs& args) {
+  const bool narrow = args.out_dtype == DType::kBFloat16;
+  if (args.dtype == DType::kBFloat16)
+    narrow ? run<bf16, bf16>(args) : run<bf16, float>(args);
+  else
+    narrow ? run<float, bf16>(args) : run<float, float>(args);
+}
+
+}  // namespace pyrt::PYRT_ISA
