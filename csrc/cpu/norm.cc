@@ -10,14 +10,17 @@
 namespace pyrt::PYRT_ISA {
 namespace {
 
-// Sum of a term over a row, lane by lane and then folded, whatever rows are in flight.
+// Sum of a term over a row in one fixed order: four sums by turns, as one would wait for itself.
 template <class T, class F>
 inline float row_sum(const T* x, int64_t whole, int64_t rest, F&& term) {
-  f32x16 total{};
-  for (int64_t h = 0; h < whole; h += 16) total += term(load(x + h));
+  f32x16 total[4] = {};
+  int64_t h = 0;
+  for (; h + 64 <= whole; h += 64)
+    for (int i = 0; i < 4; ++i) total[i] += term(load(x + h + 16 * i));
+  for (; h < whole; h += 16) total[0] += term(load(x + h));
   const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  if (rest) total += lane < int32_t(rest) ? term(load_part(x + whole, rest)) : f32x16{};
-  return sum(total);
+  if (rest) total[1] += lane < int32_t(rest) ? term(load_part(x + whole, rest)) : f32x16{};
+  return sum((total[0] + total[1]) + (total[2] + total[3]));
 }
 
 template <bool kCentred, class T, class Out>
