@@ -84,7 +84,7 @@ struct MatmulArgs {
   const void* weight;    // panel layout (pyruntime/ops/weight.py) of S matrices [N, K]
   const float* scale;    // [S, N] of int8 weights: W = q * scale; |q| <= 127
   const float* bias;     // [S, N] or null
-  void* out;             // [R, N], or [R, N/2] for a pair
+  void* out;             // [R, N], or [R, N/2] for a pair; not x
   PlanView plan;         // offsets null: one segment of `kept` rows
   int64_t in_features;   // K
   int64_t out_features;  // N
@@ -93,22 +93,39 @@ struct MatmulArgs {
   DType out_dtype;
   Epilogue epilogue;
   float alpha, limit;  // of kSwigluOai
+  bool accumulate;     // out += the result, added in float32 and rounded once
 
   bool pair() const { return epilogue >= Epilogue::kSiluMul; }
   int64_t columns() const { return pair() ? out_features / 2 : out_features; }  // of out
 };
 
 struct NormArgs {
-  const void* x;        // [N, H]
-  const float* weight;  // [H]
-  void* out;            // [N, H]; out may be x
-  // [H] or null: probe_out[n] = sigmoid(dot(out[n], probe) + probe_bias), of the rounded row
+  const void* x;          // [N, H], or [*, H] with source
+  const int32_t* source;  // [N] or null: out[n] is of x[source[n]]
+  const float* weight;    // [H]
+  const float* bias;      // [H]: layer_norm only
+  void* out;              // [N, H]; out may be x if their dtypes agree and source is null
+  // [H] or null, rms_norm only: probe_out[n] = sigmoid(dot(out[n], probe) + probe_bias), of the
+  // rounded row
   const float* probe;
   float probe_bias;
   float* probe_out;  // [N]
   int64_t rows, width;
   float eps;
-  DType dtype;
+  DType dtype, out_dtype;
+};
+
+// Patches of images as rows: out[(b, i, j)][(c, y, x)] = x[b][c][i * stride - padding + y][...], 0
+// outside of the image.
+struct PatchArgs {
+  const void* x;  // [B, C, H, W], or [B, H, W, C] if channels_last
+  void* out;      // [B * down * across, C * size * size]
+  int64_t images, channels, height, width, size, stride, padding;
+  bool channels_last;
+  DType dtype, out_dtype;
+
+  int64_t down() const { return (height + 2 * padding - size) / stride + 1; }
+  int64_t across() const { return (width + 2 * padding - size) / stride + 1; }
 };
 
 // In place on x [N, H] float32: sigmoid; mean[n] = average of the row.
@@ -191,7 +208,7 @@ struct ExitHead {
   const float* weight;       // panels of one matrix [N, D]; null: x is the logits
   const float* bias;         // [N] or null
   const float* norm_weight;  // [D] or null: no norm
-  const float* norm_bias;    // [D] or null
+  const float* norm_bias;    // [D]
   float eps;
   int64_t outputs, width;  // N, which is C, or C + 1 of kLearned; D
 };
@@ -220,6 +237,8 @@ struct Kernels {
   void (*combine)(const CombineArgs&);
   void (*segment_matmul)(const MatmulArgs&);
   void (*rms_norm)(const NormArgs&);
+  void (*layer_norm)(const NormArgs&);
+  void (*patches)(const PatchArgs&);
   void (*gate)(const GateArgs&);
   void (*append)(const AppendArgs&);
   void (*rotate)(const RotateArgs&);

@@ -82,35 +82,74 @@ PYBIND11_MODULE(_cpu, m) {
     kernels().combine(args);
   });
 
-  m.def("segment_matmul", [](Address x, Address weight, Address scale, Address bias, Address out,
-                             Address rows, Address offsets, int64_t segments, int64_t kept,
-                             int64_t in_features, int64_t out_features, int dtype, int weight_dtype,
-                             int out_dtype, int epilogue, float alpha, float limit) {
-    const MatmulArgs args{at<void>(x),
-                          at<void>(weight),
-                          at<float>(scale),
-                          at<float>(bias),
-                          at<void>(out),
-                          view(rows, offsets, 0, 0, kept, 1, segments, kept),
-                          in_features,
-                          out_features,
-                          DType(dtype),
-                          DType(weight_dtype),
-                          DType(out_dtype),
-                          Epilogue(epilogue),
-                          alpha,
-                          limit};
-    py::gil_scoped_release unlocked;
-    kernels().segment_matmul(args);
-  });
+  m.def("segment_matmul",
+        [](Address x, Address weight, Address scale, Address bias, Address out, Address rows,
+           Address offsets, int64_t segments, int64_t kept, int64_t in_features,
+           int64_t out_features, int dtype, int weight_dtype, int out_dtype, int epilogue,
+           float alpha, float limit, bool accumulate) {
+          const MatmulArgs args{at<void>(x),
+                                at<void>(weight),
+                                at<float>(scale),
+                                at<float>(bias),
+                                at<void>(out),
+                                view(rows, offsets, 0, 0, kept, 1, segments, kept),
+                                in_features,
+                                out_features,
+                                DType(dtype),
+                                DType(weight_dtype),
+                                DType(out_dtype),
+                                Epilogue(epilogue),
+                                alpha,
+                                limit,
+                                accumulate};
+          py::gil_scoped_release unlocked;
+          kernels().segment_matmul(args);
+        });
 
   m.def("rms_norm", [](Address x, Address weight, Address out, Address probe, float probe_bias,
                        Address probe_out, int64_t rows, int64_t width, float eps, int dtype) {
-    const NormArgs args{at<void>(x), at<float>(weight),    at<void>(out), at<float>(probe),
-                        probe_bias,  at<float>(probe_out), rows,          width,
-                        eps,         DType(dtype)};
+    const NormArgs args{at<void>(x),
+                        nullptr,
+                        at<float>(weight),
+                        nullptr,
+                        at<void>(out),
+                        at<float>(probe),
+                        probe_bias,
+                        at<float>(probe_out),
+                        rows,
+                        width,
+                        eps,
+                        DType(dtype),
+                        DType(dtype)};
     py::gil_scoped_release unlocked;
     kernels().rms_norm(args);
+  });
+  m.def("layer_norm", [](Address x, Address source, Address weight, Address bias, Address out,
+                         int64_t rows, int64_t width, float eps, int dtype, int out_dtype) {
+    const NormArgs args{at<void>(x),
+                        at<int32_t>(source),
+                        at<float>(weight),
+                        at<float>(bias),
+                        at<void>(out),
+                        nullptr,
+                        0.0f,
+                        nullptr,
+                        rows,
+                        width,
+                        eps,
+                        DType(dtype),
+                        DType(out_dtype)};
+    py::gil_scoped_release unlocked;
+    kernels().layer_norm(args);
+  });
+  m.def("patches", [](Address x, Address out, int64_t images, int64_t channels, int64_t height,
+                      int64_t width, int64_t size, int64_t stride, int64_t padding,
+                      bool channels_last, int dtype, int out_dtype) {
+    const PatchArgs args{at<void>(x), at<void>(out), images,       channels,
+                         height,      width,         size,         stride,
+                         padding,     channels_last, DType(dtype), DType(out_dtype)};
+    py::gil_scoped_release unlocked;
+    kernels().patches(args);
   });
   m.def("gate", [](Address x, Address mean, int64_t rows, int64_t width) {
     py::gil_scoped_release unlocked;

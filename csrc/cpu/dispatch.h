@@ -9,6 +9,8 @@
   void combine(const CombineArgs&);       \
   void segment_matmul(const MatmulArgs&); \
   void rms_norm(const NormArgs&);         \
+  void layer_norm(const NormArgs&);       \
+  void patches(const PatchArgs&);         \
   void gate(const GateArgs&);             \
   void append(const AppendArgs&);         \
   void rotate(const RotateArgs&);         \

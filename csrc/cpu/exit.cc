@@ -16,52 +16,39 @@
 namespace pyrt::PYRT_ISA {
 namespace {
 
-constexpr int64_t kParallelElements = 64 << 10;  // below, a second thread costs more than it reads
-constexpr int64_t kParallelLogits = 16 << 10;
-constexpr float kLowest = -88.0f;  // exp is 0 there, and a product with it is not NaN
+constexpr int64_t kParallelLogits = 16 << 10;  // below, a second thread costs more than it reads
+constexpr float kLowest = -88.0f;              // exp is 0 there, and a product with it is not NaN
 
 // ---- logits ----
 
-// Class row n as float32, normalised where the head has a norm.
 template <class T>
-void class_row(const ExitArgs& args, int64_t n, float* out) {
-  const ExitHead& head = args.head;
-  const int64_t width = head.width, whole = width / 16 * 16, rest = width - whole;
-  const T* x = static_cast<const T*>(args.x) + (args.class_rows ? args.class_rows[n] : n) * width;
-  f32x16 total{};
-  for (int64_t h = 0; h < whole; h += 16) {
-    store(out + h, load(x + h));
-    total += load(out + h);
-  }
-  store_part(out + whole, load_part(x + whole, rest), rest);
-  if (!head.norm_weight) return;
-
-  const float mean = sum(total + load_part(out + whole, rest)) / float(width);
-  f32x16 squares{};
-  for (int64_t h = 0; h < whole; h += 16) {
-    const f32x16 away = load(out + h) - mean;
-    squares += away * away;
-  }
-  f32x16 last{};
-  for (int64_t i = 0; i < rest; ++i) last[i] = out[whole + i] - mean;
-  const float scale = 1.0f / std::sqrt(sum(squares + last * last) / float(width) + head.eps);
-  for (int64_t h = 0; h < whole; h += 16) {
-    const f32x16 bias = head.norm_bias ? load(head.norm_bias + h) : f32x16{};
-    store(out + h, (load(out + h) - mean) * scale * load(head.norm_weight + h) + bias);
-  }
-  for (int64_t h = whole; h < width; ++h) {
-    const float bias = head.norm_bias ? head.norm_bias[h] : 0.0f;
-    out[h] = (out[h] - mean) * scale * head.norm_weight[h] + bias;
+void widen_rows(const ExitArgs& args, float* out) {
+  const int64_t width = args.head.width;
+  for (int64_t n = 0; n < args.count; ++n, out += width) {
+    const T* row =
+        static_cast<const T*>(args.x) + (args.class_rows ? args.class_rows[n] : n) * width;
+    std::transform(row, row + width, out, [](T value) { return to_float(value); });
   }
 }
 
 // All outputs of the head [n, N]; x [n, D] is scratch.
 void run_head(const ExitArgs& args, float* x, float* outputs) {
   const ExitHead& head = args.head;
-#pragma omp parallel for schedule(static) if (args.count * head.width >= kParallelElements)
-  for (int64_t n = 0; n < args.count; ++n)
-    args.dtype == DType::kBFloat16 ? class_row<bf16>(args, n, x + n * head.width)
-                                   : class_row<float>(args, n, x + n * head.width);
+  if (head.norm_weight) {
+    NormArgs norm{};
+    norm.x = args.x;
+    norm.source = args.class_rows;
+    norm.weight = head.norm_weight;
+    norm.bias = head.norm_bias;
+    norm.out = x;
+    norm.rows = args.count;
+    norm.width = head.width;
+    norm.eps = head.eps;
+    norm.dtype = args.dtype;
+    layer_norm(norm);
+  } else {
+    args.dtype == DType::kBFloat16 ? widen_rows<bf16>(args, x) : widen_rows<float>(args, x);
+  }
   MatmulArgs product{};
   product.x = x;
   product.weight = head.weight;
@@ -184,8 +171,10 @@ int64_t plan_exit(const ExitArgs& args) {
   const float* from = static_cast<const float*>(args.x);
   if (args.head.weight) {
     static thread_local Scratch scratch;
-    float* x = scratch.take<float>(count * (args.head.width + outputs));
-    float* to = outputs == args.classes ? args.logits : x + count * args.head.width;
+    const int64_t before = count * args.head.width;  // where outputs begin that are not all logits
+    const bool apart = outputs != args.classes;
+    float* x = scratch.take<float>(before + (apart ? count * outputs : 0));
+    float* to = apart ? x + before : args.logits;
     run_head(args, x, to);
     from = to;
   }

@@ -1,5 +1,5 @@
-// out[r] = epilogue(x[r] @ W[segment of r]^T + bias): every dense and grouped matmul of the
-// runtime.
+// out[r] = epilogue(x[r] @ W[segment of r]^T + bias), or += that: every dense and grouped matmul of
+// the runtime.
 //
 // Weights stream through the cache once per block of rows: a few rows run at memory bandwidth, many
 // at the arithmetic peak, by the same inner loop. Work is cut into (segment, row block, panels)
@@ -77,6 +77,14 @@ class Work {
   int64_t segment_ = 0, first_ = 0;
 };
 
+template <class Out>
+inline void write(const MatmulArgs& args, Out* out, int64_t count, f32x16 value) {
+  if (count >= 16)
+    store(out, args.accumulate ? load(out) + value : value);
+  else
+    store_part(out, args.accumulate ? load_part(out, count) + value : value, count);
+}
+
 // `left` columns of the row are still to be written, from out on.
 template <class Out>
 inline void write_row(const MatmulArgs& args, Out* out, int64_t left, f32x16 lo, f32x16 hi) {
@@ -84,19 +92,13 @@ inline void write_row(const MatmulArgs& args, Out* out, int64_t left, f32x16 lo,
     const f32x16 value = args.epilogue == Epilogue::kSiluMul
                              ? silu(lo) * hi
                              : swiglu_oai(lo, hi, args.alpha, args.limit);
-    left >= 16 ? store(out, value) : store_part(out, value, left);
-    return;
+    return write(args, out, left, value);
   }
   if (args.epilogue == Epilogue::kGelu) lo = gelu(lo), hi = gelu(hi);
   if (args.epilogue == Epilogue::kSilu) lo = silu(lo), hi = silu(hi);
   if (args.epilogue == Epilogue::kRelu) lo = relu(lo), hi = relu(hi);
-  if (left >= 32) {
-    store(out, lo);
-    store(out + 16, hi);
-  } else {
-    store_part(out, lo, std::min<int64_t>(left, 16));
-    if (left > 16) store_part(out + 16, hi, left - 16);
-  }
+  write(args, out, left, lo);
+  if (left > 16) write(args, out + 16, left - 16, hi);
 }
 
 // The 32 columns of panel p of a vector [N]; that of a pair keeps gate columns first, then up.

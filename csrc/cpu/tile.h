@@ -191,7 +191,19 @@ template <class T>
 inline void pack_rows(const T* const* rows, int count, int64_t depth, T* out) {
   constexpr int64_t d = Step<T>::kDepth;
   const int64_t whole = depth / d;
-  for (int64_t k = 0; k < whole; ++k)
+  int64_t k = 0;
+#if defined(__AVX512F__)  // a step is 32 bits
+  for (; k + 16 <= whole; k += 16) {
+    f32x16 block[16];
+#pragma GCC unroll 16
+    for (int m = 0; m < 16; ++m) block[m] = m < count ? load_as<f32x16>(rows[m] + k * d) : f32x16{};
+    transpose(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i, out += count * d)
+      store_part(reinterpret_cast<float*>(out), block[i], count);
+  }
+#endif
+  for (; k < whole; ++k)
     for (int m = 0; m < count; ++m, out += d) std::memcpy(out, rows[m] + k * d, d * sizeof(T));
   if (whole * d == depth) return;
   for (int m = 0; m < count; ++m, out += d) {

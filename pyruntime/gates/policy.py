@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
 
 from pyruntime.errors import InvalidInput
 
@@ -88,15 +87,75 @@ class ExpertPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class ExitPolicy:
+    """When images may leave a model that has early exits.
+
+    Attributes:
+        threshold: of every exit, on the confidence of its criterion (larger: fewer leave); an
+            entropy's confidence is minus the entropy.
+        never: no image leaves early.
+        tau: of JEI-DNN gates, leave where mass + gate / tau reaches the threshold: an extension of
+            the paper's 0.5; larger: fewer leave.
+        level: whoever is still there leaves at this exit, counted from 0.
+
+    Raises:
+        InvalidInput: nothing is set, `never` beside another, or a value outside its range.
+    """
+
+    threshold: float | None = None
+    never: bool = False
+    tau: float | None = None
+    level: int | None = None
+
+    def __post_init__(self) -> None:
+        others = (self.threshold, self.tau, self.level)
+        if self.never == any(value is not None for value in others):
+            raise InvalidInput("exit: expected never, or at least one of threshold, tau, level")
+        threshold, tau, level = others
+        if threshold is not None and not (_is_number(threshold) and math.isfinite(threshold)):
+            raise InvalidInput(f"exit: threshold must be a finite number, got {threshold!r}")
+        if tau is not None and not (_is_number(tau) and 0 < tau < math.inf):
+            raise InvalidInput(f"exit: tau must be a positive number, got {tau!r}")
+        if level is not None and (type(level) is not int or level < 0):
+            raise InvalidInput(f"exit: level must be an integer of 0 or more, got {level!r}")
+
+    @staticmethod
+    def of(value: object) -> ExitPolicy:
+        """From its JSON form: "never", a threshold, or an object of fields.
+
+        Raises:
+            InvalidInput: anything else, named.
+        """
+        if isinstance(value, ExitPolicy):
+            return value
+        if value == "never":
+            return ExitPolicy(never=True)
+        if isinstance(value, int | float) and _is_number(value):
+            return ExitPolicy(threshold=float(value))
+        names = [field.name for field in fields(ExitPolicy)]
+        if not isinstance(value, dict):
+            raise InvalidInput(
+                f"exit: expected 'never', a number, or an object of {', '.join(names)}, "
+                f"got {value!r}"
+            )
+        for name in value:
+            if name not in names:
+                raise InvalidInput(f"exit: unknown field {name!r}; known: {', '.join(names)}")
+        return ExitPolicy(**value)
+
+
+@dataclass(frozen=True, slots=True)
 class ComputePolicy:
     """A compute budget and the rule that spends it; None means what the model folder stores.
 
     Attributes:
         budget: share to keep, in [0, 1]: of branch executions in a model with residual gates (the
-            skip ratio is 1 - budget), of the experts per token in one that has experts alone.
+            skip ratio is 1 - budget), of the experts per token in one that has experts alone, of
+            the work of the whole network in one that has early exits.
         mode: ``calibrated`` (fixed thresholds: causal, independent of batch mates), or a published
             non-causal rule of residual gates: ``batch_quantile``, ``seq_quantile`` or ``exact_k``.
-        exit: early-exit setting; no family that is implemented has exits.
+        exit: when images may leave; see `exit_policy`. It takes the place of the exits that the
+            checkpoint or a budget would choose.
         experts: limits on the experts of a token, or their number; see `expert_policy`. A policy
             that sets them and no budget leaves the rest of the model whole.
         kv_mode: ``dense`` computes keys and values of skipped tokens, ``copy`` takes those of the
@@ -110,7 +169,7 @@ class ComputePolicy:
 
     budget: float | None = None
     mode: str | None = None
-    exit: Any = None
+    exit: ExitPolicy | str | float | None = None
     experts: int | ExpertPolicy | None = None
     kv_mode: str | None = None
     branches: tuple[str, ...] = BRANCHES
@@ -129,7 +188,7 @@ class ComputePolicy:
         if not set(self.branches) <= set(BRANCHES):
             raise InvalidInput(f"branches must be among {BRANCHES}, got {self.branches}")
         if self.exit is not None:
-            raise InvalidInput("exit is set, but this model has none to choose from")
+            object.__setattr__(self, "exit", ExitPolicy.of(self.exit))
         if self.experts is not None:
             object.__setattr__(self, "experts", ExpertPolicy.of(self.experts))
 
@@ -137,6 +196,11 @@ class ComputePolicy:
     def expert_policy(self) -> ExpertPolicy | None:
         """`experts` as limits: a number k means ``slots=k``."""
         return None if self.experts is None else ExpertPolicy.of(self.experts)
+
+    @property
+    def exit_policy(self) -> ExitPolicy | None:
+        """`exit` as a record."""
+        return None if self.exit is None else ExitPolicy.of(self.exit)
 
     def may_skip(self, layer: int, branch: int) -> bool:
         """Whether branch 0 (attention) or 1 (MLP) of a layer may skip at all."""

@@ -27,6 +27,8 @@ __all__ = [
     "combine",
     "compact",
     "gather",
+    "layer_norm",
+    "patches",
     "plan_exit",
     "plan_partition",
     "plan_threshold",
@@ -95,6 +97,37 @@ def combine(
     return cast(Tensor, backend(packed.device).combine(packed, plan, out, channel_weights))
 
 
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    rows: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """See `pyruntime.ops.reference.layer_norm`."""
+    return cast(Tensor, backend(x.device).layer_norm(x, weight, bias, eps, rows, out_dtype))
+
+
+def patches(
+    images: Tensor,
+    size: int,
+    stride: int,
+    padding: int = 0,
+    *,
+    channels_last: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """See `pyruntime.ops.reference.patches`."""
+    ops = backend(images.device)
+    return cast(
+        Tensor,
+        ops.patches(
+            images, size, stride, padding, channels_last=channels_last, out_dtype=out_dtype
+        ),
+    )
+
+
 def segment_matmul(
     x: Tensor,
     weight: Weight,
@@ -107,6 +140,7 @@ def segment_matmul(
     alpha: float = 1.702,
     limit: float = 7.0,
     out: Tensor | None = None,
+    accumulate: bool = False,
 ) -> Tensor:
     """See `pyruntime.ops.reference.segment_matmul`."""
     ops = backend(x.device)
@@ -114,6 +148,6 @@ def segment_matmul(
         Tensor,
         ops.segment_matmul(
             x, weight, plan, gather=gather, epilogue=epilogue, bias=bias, out_dtype=out_dtype,
-            alpha=alpha, limit=limit, out=out,
+            alpha=alpha, limit=limit, out=out, accumulate=accumulate,
         ),
     )  # fmt: skip

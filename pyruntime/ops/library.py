@@ -19,6 +19,7 @@ from torch.library import Library, infer_schema, register_fake
 
 from pyruntime import ops
 from pyruntime.errors import InvalidInput
+from pyruntime.ops.reference.patches import grid
 from pyruntime.ops.topk import GroupScore, Score, TopK
 from pyruntime.ops.weight import PAIRED, Weight
 from pyruntime.plan import Plan
@@ -168,6 +169,55 @@ def combine(
     out = base.clone(memory_format=torch.contiguous_format)
     factor = None if channel_weights is None else channel_weights.contiguous()
     return ops.combine(packed[: plan.rows.shape[0]].contiguous(), plan, out, factor)
+
+
+@_op(
+    lambda x, weight, bias, eps, rows=None, out_dtype=None: x.new_empty(
+        (x if rows is None else rows).shape[0], x.shape[1], dtype=out_dtype or x.dtype
+    )
+)
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    rows: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x [N, H], or its ``rows`` [R], centred and scaled."""
+    at = None if rows is None else rows.contiguous()
+    return ops.layer_norm(
+        x.contiguous(), weight.contiguous(), bias.contiguous(), eps, at, out_dtype
+    )
+
+
+def _fake_patches(
+    images: Tensor,
+    size: int,
+    stride: int,
+    padding: int = 0,
+    channels_last: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    count, channels, down, across = grid(images, size, stride, padding, channels_last)
+    shape = (count * down * across, channels * size * size)
+    return images.new_empty(shape, dtype=out_dtype or images.dtype)
+
+
+@_op(_fake_patches)
+def patches(
+    images: Tensor,
+    size: int,
+    stride: int,
+    padding: int = 0,
+    channels_last: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """[B, C, H, W], or [B, H, W, C] if channels_last, as [B * down * across, C * size * size]."""
+    return ops.patches(
+        images.contiguous(), size, stride, padding, channels_last=channels_last,
+        out_dtype=out_dtype,
+    )  # fmt: skip
 
 
 def _fake_product(

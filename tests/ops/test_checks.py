@@ -170,6 +170,25 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: native.rms_norm(X, torch.ones(8), 0.0, torch.ones(9)),
         r"rms_norm: probe must be \[8\]",
     ),
+    "layer norm bias": (
+        lambda: native.layer_norm(X, torch.ones(8), torch.ones(7), 0.0),
+        r"layer_norm: bias must be \[8\], got .*\[7\]",
+    ),
+    "layer norm rows": (
+        lambda: native.layer_norm(X, torch.ones(8), torch.ones(8), 0.0, I4.long()),
+        "layer_norm: rows must be .*int32.*got contiguous torch.int64",
+    ),
+    "layer norm out dtype": (
+        lambda: native.layer_norm(X, torch.ones(8), torch.ones(8), 0.0, None, torch.float16),
+        "layer_norm: out_dtype must be .*got torch.float16",
+    ),
+    "patches rank": (
+        lambda: native.patches(X, 1, 1), "patches: images must be .* rank 4, got .*"
+    ),
+    "patches out dtype": (
+        lambda: native.patches(KEYS, 1, 1, out_dtype=torch.float16),
+        "patches: out_dtype must be .*got torch.float16",
+    ),
     "gate dtype": (lambda: native.gate(X.bfloat16()), "gate: logits must be .*got .*bfloat16"),
     "weight rank": (
         lambda: Weight.pack(torch.zeros(3)),

@@ -207,6 +207,19 @@ def check_matmul(
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_segment_matmul_accumulates(device: str, dtype: torch.dtype) -> None:
+    x, matrices = random(0, 9, 32, dtype=dtype), random(1, 1, 24, 32, dtype=dtype)
+    weight = Weight(matrices.to(device), 24, 32, "dense")
+    before = random(2, 9, 24, dtype=dtype)
+    y = cuda.segment_matmul(x.to(device), weight, epilogue="gelu", out_dtype=torch.float32)
+    out = before.to(device)
+    cuda.segment_matmul(x.to(device), weight, epilogue="gelu", out=out, accumulate=True)
+    same_bits(out, (before.to(device).float() + y).to(dtype))
+    with pytest.raises(InvalidInput, match="accumulate needs out, got None"):
+        cuda.segment_matmul(x.to(device), weight, accumulate=True)
+
+
 # sizes of the segments, [N, K]
 SMALL = [
     ([3], (16, 64)),

@@ -109,6 +109,19 @@ def test_a_head(case: ExitCase) -> None:
         assert_same_bits(total, logits)
 
 
+@both
+@both_dtypes
+def test_a_head_is_a_norm_and_a_product(ops: ModuleType, dtype: torch.dtype) -> None:
+    """The ops one by one say the same bits, so that an exit may be replaced by its head."""
+    x, rows = normal(1, 40, 66, dtype=dtype), torch.arange(0, 40, 3).int()
+    head, limits = head_of(2, 11, 66, True, 2), limits_of(14, NAN)
+    assert head.norm_weight is not None
+    case = ExitCase(x, rule_of("margin"), torch.zeros(14, 3), limits, head, rows)
+    normed = ops.layer_norm(x, head.norm_weight, head.norm_bias, head.eps, rows, torch.float32)
+    logits = ops.segment_matmul(normed, head.weight, bias=head.bias)
+    assert_same_bits(case.run(ops)[0][0], logits)
+
+
 @pytest.mark.parametrize("classes", [1, 10, 1000])
 @pytest.mark.parametrize("criterion", CRITERIA)
 @several_threads

@@ -16,6 +16,8 @@ COMPILED_PER_SET = (
     "test_matmul.py",
     "test_quantize.py",
     "test_norm.py",
+    "test_layer_norm.py",
+    "test_patches.py",
     "test_attention.py",
     "test_batch_invariance.py",
     "test_topk.py",

@@ -110,6 +110,17 @@ def test_segment_matmul(shape: tuple[int, int, int, int], dtype: torch.dtype) ->
     check(lib.segment_matmul, x, pair.data, 10, width, **out)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_and_patches(dtype: torch.dtype) -> None:
+    x = torch.randn(5, 12).to(dtype)
+    rows = torch.tensor([4, 0], dtype=torch.int32)
+    check(lib.layer_norm, x, torch.rand(12), torch.rand(12), 1e-6)
+    check(lib.layer_norm, x, torch.rand(12), torch.rand(12), 1e-6, rows, torch.float32)
+    images = torch.randn(2, 3, 9, 11).to(dtype)
+    check(lib.patches, images, 4, 3, 1)
+    check(lib.patches, images.permute(0, 2, 3, 1), 4, 3, 1, True, torch.bfloat16)
+
+
 def test_padding_is_told_apart_and_not_computed() -> None:
     scores = torch.tensor([0.9, 0.1, 0.8, 0.2])
     rows, offsets, inverse, weights = lib.plan_threshold(scores, torch.tensor(0.5))

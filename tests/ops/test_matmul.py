@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyruntime.errors import InvalidInput
 from pyruntime.ops import Weight, native, reference
 from pyruntime.ops.weight import PAIRED
 from pyruntime.plan import Plan
@@ -71,6 +72,54 @@ def test_segment_matmul(n: int, k: int, epilogue: str, dtype: torch.dtype) -> No
             out = torch.full_like(actual, torch.nan)
             assert ops.segment_matmul(packed, weight, plan, **options, out=out) is out
             assert_close(out, expected, magnitude(packed, weight, plan, bias, epilogue))
+
+
+@several_threads
+@both_dtypes
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_accumulate_adds_before_the_only_rounding(epilogue: str, dtype: torch.dtype) -> None:
+    """Bit for bit the float32 result plus what was there, rounded once."""
+    for i, sizes in enumerate(SIZES):
+        plan = segments_plan(sizes, i, dropped=i)
+        for n, k in [(16, 5), (31, 33), (100, 96)]:
+            weight = weight_of(i, len(sizes), n, k, dtype, epilogue)
+            bias = normal(7, len(sizes), weight.out_features) if i % 2 else None
+            source = normal(i + 9, plan.num_rows, k, dtype=dtype)
+            options: dict[str, Any] = {"gather": True, "epilogue": epilogue, "bias": bias}
+            for out_dtype in (F32, BF16):
+                before = 100 * normal(i + 8, plan.kept, n, dtype=out_dtype)
+                for ops in (native, reference):
+                    y = ops.segment_matmul(source, weight, plan, **options, out_dtype=F32)
+                    out = before.clone()
+                    back = ops.segment_matmul(
+                        source, weight, plan, **options, out=out, accumulate=True
+                    )
+                    assert back is out
+                    assert_same_bits(out, (before.float() + y).to(out_dtype))
+
+
+def test_accumulate_to_nothing_is_refused() -> None:
+    for ops in (native, reference):
+        with pytest.raises(InvalidInput, match="accumulate needs out, got None"):
+            ops.segment_matmul(torch.zeros(2, 3), Weight.pack(torch.zeros(4, 3)), accumulate=True)
+        with pytest.raises(InvalidInput, match=r"out must be .*\[2, 4\], got"):
+            ops.segment_matmul(
+                torch.zeros(2, 3), Weight.pack(torch.zeros(4, 3)), out=torch.zeros(2, 1),
+                accumulate=True,
+            )  # fmt: skip
+
+
+def test_gelu_is_as_exact_as_float32_allows() -> None:
+    one = Weight.pack(torch.ones(1, 1))
+    x = torch.cat([torch.linspace(-12, 12, 100_001), torch.logspace(-30, 30, 1001)])
+    x = torch.cat([x, -x, torch.tensor([torch.inf, torch.nan])])
+    y = native.segment_matmul(x[:, None], one, epilogue="gelu")[:, 0]
+    wide = x.double()
+    exact = 0.5 * wide * torch.special.erfc(-wide * 0.5**0.5)
+    off = (y - exact).abs()[:-2] - 1.2e-7 * exact.abs()[:-2]
+    assert float(off.max()) < 2.5e-7
+    assert bool((y[x <= -5.6] == 0).all())
+    assert y[-2] == torch.inf and bool(y[-1].isnan())
 
 
 @several_threads

@@ -14,6 +14,8 @@ from pyruntime.format.spec.model import FAMILIES, ModelSpec, family_of, model_te
 from pyruntime.format.spec.record import from_dict, to_dict
 from pyruntime.format.spec.rope import ROPE_SCALING_KEYS, rope_scaling_problems
 from pyruntime.format.spec.tensors import PANEL, STORED_DTYPES, TensorSpec, decoder_tensors
+from pyruntime.format.spec.vision import ExitSpec, Preprocess, VisionSpec, WidthSpec
+from pyruntime.format.spec.vision_tensors import vision_tensors
 
 __all__ = [
     "FAMILIES",
@@ -22,12 +24,16 @@ __all__ = [
     "STORED_DTYPES",
     "DecoderSpec",
     "EncoderSpec",
+    "ExitSpec",
     "ExpertSpec",
     "GateSpec",
     "LatentSpec",
     "ModelSpec",
+    "Preprocess",
     "RouterSpec",
     "TensorSpec",
+    "VisionSpec",
+    "WidthSpec",
     "decoder_tensors",
     "encoder_tensors",
     "family_of",
@@ -35,4 +41,5 @@ __all__ = [
     "model_tensors",
     "rope_scaling_problems",
     "to_dict",
+    "vision_tensors",
 ]

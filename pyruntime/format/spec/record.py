@@ -42,7 +42,14 @@ def from_dict(kind: type[Record], data: object, where: str) -> Record:
         if nested is not None and isinstance(value, dict):
             values[key] = from_dict(nested, value, f"{where}: {key}")
             continue
-        values[key] = tuple(value) if isinstance(value, list) else value
+        if isinstance(value, list):
+            value = tuple(value)
+            if nested is not None:
+                value = tuple(
+                    from_dict(nested, item, f"{where}: {key}[{number}]")
+                    for number, item in enumerate(value)
+                )
+        values[key] = value
         if not fits(values[key], hint):
             problems.append(f"{key} must be {_words(hint)}, is {value!r}")
     if problems:
@@ -77,11 +84,11 @@ def fits(value: object, hint: Any) -> bool:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return to_dict(value)
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _record_in(hint: Any) -> Any:
-    """The record type of a hint `Record` or `Record | None`; None when there is none."""
+    """The record type of a hint `Record`, `Record | None` or `tuple[Record, ...]`, or None."""
     kinds = typing.get_args(hint) or (hint,)
     return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
 

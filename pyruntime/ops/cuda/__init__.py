@@ -3,7 +3,8 @@
 Same names and signatures as `pyruntime.ops.reference`. A plan made here never visits the host: its
 ``rows`` and ``weights`` have ``capacity`` entries of which the first ``offsets[S]`` count (the
 others are -1 and 0), outputs have ``capacity`` rows of which those beyond are unspecified, kernels
-read R themselves and nothing synchronises. Zero rows launch nothing.
+read R themselves and nothing synchronises. Zero rows launch nothing. layer_norm and patches are
+the reference's: torch's own kernels.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from pyruntime.ops.cuda.exit import plan_exit
 from pyruntime.ops.cuda.matmul import choose_kernel, segment_matmul
 from pyruntime.ops.cuda.move import combine, compact, gather
 from pyruntime.ops.cuda.plan import plan_partition, plan_threshold, plan_topk, quantile
+from pyruntime.ops.reference import layer_norm, patches
 
 __all__ = [
     "choose_kernel",
     "combine",
     "compact",
     "gather",
+    "layer_norm",
+    "patches",
     "plan_exit",
     "plan_partition",
     "plan_threshold",

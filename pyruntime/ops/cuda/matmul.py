@@ -72,6 +72,7 @@ def segment_matmul(
     alpha: float = 1.702,
     limit: float = 7.0,
     out: Tensor | None = None,
+    accumulate: bool = False,
 ) -> Tensor:
     """Grouped matmul [capacity, N]; see `pyruntime.ops.reference.segment_matmul`.
 
@@ -79,6 +80,14 @@ def segment_matmul(
     What runs is chosen by `choose_kernel`. torch's matmuls round to bfloat16 before the epilogue,
     our kernels round once, after it.
     """
+    if accumulate:  # a pass of its own; no kernel adds to what is there
+        if out is None:
+            raise InvalidInput("segment_matmul: accumulate needs out, got None")
+        y = segment_matmul(
+            x, weight, plan, gather=gather, epilogue=epilogue, bias=bias, out_dtype=torch.float32,
+            alpha=alpha, limit=limit,
+        )  # fmt: skip
+        return result("segment_matmul", x, out, out_dtype or out.dtype, *y.shape).copy_(y.add_(out))
     capacity = _check(x, weight, plan, gather, epilogue, bias)
     to = out_dtype or (x.dtype if out is None else out.dtype)
     if to not in FLOATS:

@@ -1,4 +1,4 @@
-"""Matmul, norm and gate."""
+"""Matmul."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def segment_matmul(
     alpha: float = 1.702,
     limit: float = 7.0,
     out: Tensor | None = None,
+    accumulate: bool = False,
 ) -> Tensor:
     """Grouped matmul; see `pyruntime.ops.reference.segment_matmul`."""
     code = check_float("segment_matmul", "x", x, 2)
@@ -72,6 +73,8 @@ def segment_matmul(
     if to not in CODES:
         raise InvalidInput(f"segment_matmul: out_dtype must be float32 or bfloat16, got {to}")
     if out is None:
+        if accumulate:
+            raise InvalidInput("segment_matmul: accumulate needs out, got None")
         out = torch.empty(kept, width, dtype=to)
     else:
         check_out("segment_matmul", out, to, kept, width)
@@ -112,44 +115,6 @@ def segment_matmul(
             mode,
             alpha,
             limit,
+            accumulate,
         )
     return out
-
-
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, probe: Tensor | None = None, probe_bias: float = 0.0
-) -> tuple[Tensor, Tensor | None]:
-    """RMS norm and a scalar gate on it; see `pyruntime.ops.reference.rms_norm`."""
-    code = check_float("rms_norm", "x", x, 2)
-    rows, width = x.shape
-    check("rms_norm", "weight", weight, F32, 1)
-    if weight.shape[0] != width:
-        raise refuse("rms_norm", "weight", f"[{width}]", weight)
-    out = torch.empty_like(x)
-    scores = None
-    if probe is not None:
-        check("rms_norm", "probe", probe, F32, 1)
-        if probe.shape[0] != width:
-            raise refuse("rms_norm", "probe", f"[{width}]", probe)
-        scores = torch.empty(rows, dtype=F32)
-    cpu.rms_norm(
-        x.data_ptr(),
-        weight.data_ptr(),
-        out.data_ptr(),
-        0 if probe is None else probe.data_ptr(),
-        probe_bias,
-        0 if scores is None else scores.data_ptr(),
-        rows,
-        width,
-        eps,
-        code,
-    )
-    return out, scores
-
-
-def gate(logits: Tensor) -> Tensor:
-    """Sigmoid in place and row means; see `pyruntime.ops.reference.gate`."""
-    check("gate", "logits", logits, F32, 2)
-    means = torch.empty(logits.shape[0], dtype=F32)
-    cpu.gate(logits.data_ptr(), means.data_ptr(), logits.shape[0], logits.shape[1])
-    return means

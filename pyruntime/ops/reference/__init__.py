@@ -6,9 +6,11 @@ Shapes: N source rows, R packed rows, H or K columns, S segments. Every count ma
 from __future__ import annotations
 
 from pyruntime.ops.reference.attention import BLOCK, append, attention, read_cache, rotate
-from pyruntime.ops.reference.compute import gate, rms_norm, segment_matmul
+from pyruntime.ops.reference.compute import segment_matmul
 from pyruntime.ops.reference.exit import plan_exit
 from pyruntime.ops.reference.move import combine, compact, gather
+from pyruntime.ops.reference.norm import gate, layer_norm, rms_norm
+from pyruntime.ops.reference.patches import patches
 from pyruntime.ops.reference.plan import plan_partition, plan_threshold, plan_topk, quantile
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "compact",
     "gate",
     "gather",
+    "layer_norm",
+    "patches",
     "plan_exit",
     "plan_partition",
     "plan_threshold",

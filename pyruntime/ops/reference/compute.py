@@ -1,4 +1,4 @@
-"""Matmul, norm and gate."""
+"""Matmul and its epilogues."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def segment_matmul(
     alpha: float = 1.702,
     limit: float = 7.0,
     out: Tensor | None = None,
+    accumulate: bool = False,
 ) -> Tensor:
     """Each packed row times its segment's matrix: x @ W[s]^T + bias[s], then the epilogue.
 
@@ -40,12 +41,14 @@ def segment_matmul(
         out_dtype: of the result, x's by default; accumulation is float32.
         alpha, limit: of swiglu_oai.
         out: memory for the result (mutated and returned), contiguous and apart from x.
+        accumulate: the result is added to what ``out`` holds, in float32 and rounded once, instead
+            of replacing it: the residual connection at no extra pass.
 
     Returns:
         [R, N_out], or [R, N_out / 2] for an epilogue of a pair.
 
     Raises:
-        InvalidInput: unknown epilogue; out of another shape or dtype.
+        InvalidInput: unknown epilogue; out of another shape or dtype, or none to accumulate to.
     """
     if gather and plan is not None:
         x = x[plan.rows.long()]
@@ -57,11 +60,16 @@ def segment_matmul(
         if bias is not None:
             y = y + bias.view(-1, weight.out_features)[s]
         parts.append(activate(y, epilogue, alpha, limit))
+    result = torch.cat(parts)
     if out is None:
-        return torch.cat(parts).to(out_dtype or x.dtype)
+        if accumulate:
+            raise InvalidInput("segment_matmul: accumulate needs out, got None")
+        return result.to(out_dtype or x.dtype)
     if out_dtype not in (None, out.dtype):
         raise InvalidInput(f"segment_matmul: out is {out.dtype}, out_dtype {out_dtype}")
-    return fill("segment_matmul", out, torch.cat(parts), out.dtype)
+    if accumulate and out.shape == result.shape:
+        result = out.float() + result
+    return fill("segment_matmul", out, result, out.dtype)
 
 
 def activate(y: Tensor, epilogue: str, alpha: float, limit: float) -> Tensor:
@@ -81,24 +89,3 @@ def activate(y: Tensor, epilogue: str, alpha: float, limit: float) -> Tensor:
     if epilogue == "none":
         return y
     raise InvalidInput(f"segment_matmul: unknown epilogue {epilogue!r}")
-
-
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, probe: Tensor | None = None, probe_bias: float = 0.0
-) -> tuple[Tensor, Tensor | None]:
-    """Root-mean-square norm of x [N, H], computed in float32 and rounded once.
-
-    Args:
-        weight: float32 [H].
-        probe: float32 [H]: the second result is ``sigmoid(out @ probe + probe_bias)``, float32
-            [N]: a scalar gate at no extra pass. It reads the rounded row, as a gate after the norm
-            would.
-    """
-    wide = x.float()
-    out = (wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + eps) * weight).to(x.dtype)
-    return out, None if probe is None else torch.sigmoid(out.float() @ probe + probe_bias)
-
-
-def gate(logits: Tensor) -> Tensor:
-    """Sigmoid of float32 [N, H] in place (mutated); returns the mean of every row, float32 [N]."""
-    return logits.sigmoid_().mean(1)

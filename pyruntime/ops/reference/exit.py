@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pyruntime.errors import InvalidInput
 from pyruntime.ops.exit import ExitHead, ExitRule, exit_shape
+from pyruntime.ops.reference.norm import layer_norm
 from pyruntime.ops.reference.plan import plan_partition
 from pyruntime.ops.reference.score import exp, lane_sum, log, score
 from pyruntime.plan import Plan
@@ -110,10 +110,10 @@ def _outputs(
             raise InvalidInput(
                 f"plan_exit: rows must lie in [0, {x.shape[0]}), got {int(outside[0])}"
             )
-        x = x[rows.long()]
-    wide = x.float()
-    if head.norm_weight is not None:
-        wide = F.layer_norm(wide, wide.shape[1:], head.norm_weight, head.norm_bias, head.eps)
+    if head.norm_weight is None or head.norm_bias is None:
+        wide = (x if rows is None else x[rows.long()]).float()
+    else:
+        wide = layer_norm(x, head.norm_weight, head.norm_bias, head.eps, rows, torch.float32)
     out = wide @ head.weight.dense()[0].T
     if head.bias is not None:
         out = out + head.bias

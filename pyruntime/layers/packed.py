@@ -1,0 +1,83 @@
+"""Images as one matrix of rows: no padding, whatever the length of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyruntime.plan import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """The rows of n images, one image after the other.
+
+    Attributes:
+        x: [T, D], the hidden states.
+        cu_seqlens: int32 [n + 1], where each image begins; ``cu_seqlens[n] == T``.
+    """
+
+    x: Tensor
+    cu_seqlens: Tensor
+
+    @property
+    def count(self) -> int:
+        """n, the number of images."""
+        return self.cu_seqlens.shape[0] - 1
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Rows of each image."""
+        return self.cu_seqlens.diff().tolist()
+
+    @property
+    def first_rows(self) -> Tensor:
+        """int32 [n], the row each image begins with: its class token."""
+        return self.cu_seqlens[:-1]
+
+    @staticmethod
+    def of(x: Tensor, lengths: Sequence[int]) -> Packed:
+        """Rows [T, D] of images of these lengths, which sum to T."""
+        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return Packed(x, ends)
+
+    def select(self, ops: ModuleType, plan: Plan) -> Packed:
+        """The images a plan keeps, in order. Their rows move to the front of `x` (mutated).
+
+        Args:
+            plan: one segment over the n images. When it keeps all, nothing is copied.
+        """
+        if plan.is_all:
+            return self
+        kept = plan.rows.long()
+        sizes = self.cu_seqlens.diff()[kept]
+        ends = F.pad(sizes.cumsum(0, dtype=torch.int32), (1, 0))
+        total = int(ends[-1])
+        # Row r of the result lies as far behind its image's first row as before.
+        shift = torch.repeat_interleave(self.cu_seqlens[kept] - ends[:-1], sizes, output_size=total)
+        rows = torch.arange(total, dtype=torch.int32) + shift
+        offsets = torch.tensor([0, total], dtype=torch.int32)
+        inverse = torch.full((self.x.shape[0], 1), -1, dtype=torch.int32)
+        inverse[rows.long(), 0] = torch.arange(total, dtype=torch.int32)
+        packed = Plan(rows, offsets, None, inverse, self.x.shape[0], total)
+        return Packed(ops.compact(self.x, packed), ends)
+
+    @staticmethod
+    def join(parts: Sequence[Packed]) -> Packed:
+        """All images of `parts`, in order; a single part is returned as it is."""
+        if len(parts) == 1:
+            return parts[0]
+        x = torch.cat([part.x for part in parts])
+        return Packed.of(x, [length for part in parts for length in part.lengths])
+
+    def slice(self, start: int, stop: int) -> Packed:
+        """Images start to stop; `x` is a view."""
+        ends = self.cu_seqlens[start : stop + 1]
+        first, last = int(ends[0]), int(ends[-1])
+        return Packed(self.x[first:last], ends - first)
