@@ -184,6 +184,52 @@ struct AttentionArgs {
 constexpr int64_t kBlock = 32;    // tokens of one cache block
 constexpr int64_t kHeadPad = 32;  // head_dim is padded to a multiple of this in the cache
 
+// ---- early exit: pyruntime/ops/exit.py ----
+
+enum class ExitCriterion : int {
+  kJeiDnn = 0,
+  kMaxProb = 1,
+  kMaxLogit = 2,
+  kEntropy = 3,
+  kMargin = 4,
+  kPatience = 5,
+  kLearned = 6,
+};
+constexpr int kExitStrict = 8, kExitIndependent = 16;  // beside the criterion in flags
+
+struct ExitRule {
+  int flags;
+  float gate[5];  // of kJeiDnn: four weights and the bias
+
+  ExitCriterion criterion() const { return ExitCriterion(flags & 7); }
+};
+
+struct ExitHead {
+  const float* weight;       // panels of one matrix [N, D]; null: x is the logits
+  const float* bias;         // [N] or null
+  const float* norm_weight;  // [D] or null: no norm
+  const float* norm_bias;    // [D] or null
+  float eps;
+  int64_t outputs, width;  // N, which is C, or C + 1 of kLearned; D
+};
+
+struct ExitArgs {
+  const void* x;              // [T, D]; without a head float32 [n, C]
+  const int32_t* class_rows;  // [n] or null for the identity
+  ExitHead head;
+  ExitRule rule;
+  float* state;         // [n, 3]: mass or 1 - P, patience counter, 1 + class named before
+  const float* limits;  // [n, 2]: threshold, 1 / tau
+  float* total;         // [n, C] or null: added to the logits, then set to them
+  float* logits;        // [n, C]; null without head and total
+  float* confidence;    // [n]
+  int32_t* rows;        // [n] room for those that continue
+  int32_t* offsets;     // [2]
+  int32_t* inverse;     // [n]
+  int64_t count, classes, x_rows;  // n, C, T
+  DType dtype;                     // of x
+};
+
 // The ops that are compiled once per instruction set.
 struct Kernels {
   const char* isa;
@@ -197,6 +243,8 @@ struct Kernels {
   void (*append)(const AppendArgs&);
   void (*rotate)(const RotateArgs&);
   void (*attention)(const AttentionArgs&);
+  // Returns how many rows continue, or -1 - n for the first class row that x does not have.
+  int64_t (*plan_exit)(const ExitArgs&);
 };
 
 // The widest set this processor has, or the one PYRUNTIME_CPU_ISA names (portable, avx2, avx512,

@@ -214,4 +214,31 @@ PYBIND11_MODULE(_cpu, m) {
           py::gil_scoped_release unlocked;
           kernels().attention(args);
         });
+
+  m.def("plan_exit",
+        [](Address x, Address class_rows, Address weight, Address bias, Address norm_weight,
+           Address norm_bias, float eps, int64_t outputs, int64_t width, int flags, float g0,
+           float g1, float g2, float g3, float g4, Address state, Address limits, Address total,
+           Address logits, Address confidence, Address rows, Address offsets, Address inverse,
+           int64_t count, int64_t classes, int64_t x_rows, int dtype) {
+          const ExitArgs args{at<void>(x),
+                              at<int32_t>(class_rows),
+                              {at<float>(weight), at<float>(bias), at<float>(norm_weight),
+                               at<float>(norm_bias), eps, outputs, width},
+                              {flags, {g0, g1, g2, g3, g4}},
+                              at<float>(state),
+                              at<float>(limits),
+                              at<float>(total),
+                              at<float>(logits),
+                              at<float>(confidence),
+                              at<int32_t>(rows),
+                              at<int32_t>(offsets),
+                              at<int32_t>(inverse),
+                              count,
+                              classes,
+                              x_rows,
+                              DType(dtype)};
+          py::gil_scoped_release unlocked;
+          return kernels().plan_exit(args);
+        });
 }

@@ -12,7 +12,7 @@ namespace {
 #define PYRT_KERNELS(isa)                                                                      \
   Kernels {                                                                                    \
     #isa, isa::choose_topk, isa::combine, isa::segment_matmul, isa::rms_norm, isa::layer_norm, \
-        isa::patches, isa::gate, isa::append, isa::rotate, isa::attention                      \
+        isa::patches, isa::gate, isa::append, isa::rotate, isa::attention, isa::plan_exit      \
   }
 
 struct Build {

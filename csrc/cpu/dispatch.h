@@ -15,6 +15,7 @@
   void append(const AppendArgs&);         \
   void rotate(const RotateArgs&);         \
   void attention(const AttentionArgs&);   \
+  int64_t plan_exit(const ExitArgs&);     \
   }
 
 PYRT_DECLARE(portable)

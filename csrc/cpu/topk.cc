@@ -1,95 +1,27 @@
 // The choice of plan_topk: logits to ids and weights of a row's slots. Every operation on floats is
-// the one pyruntime/ops/reference/score.py has, in its order (this file is built with contraction
-// off, and has its own exp because that of simd.h is fused elsewhere): a plan is the same bits on
-// every instruction set. Limit: one read of the logits; in practice k dependent searches a row.
+// the one pyruntime/ops/reference/score.py has, in its order (see unfused.h): a plan is the same
+// bits on every instruction set. Limit: one read of the logits; in practice k dependent searches a
+// row.
 #include <omp.h>
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
 #include "cpu/scratch.h"
+#include "cpu/unfused.h"
 #include "ops.h"
 
 namespace pyrt::PYRT_ISA {
 namespace {
 
-constexpr float kNever = -std::numeric_limits<float>::infinity();
 constexpr int64_t kParallelLogits = 32 << 10;  // below, a second thread costs more than it chooses
-
-// A vector of what the processor has: a choice is comparisons, and those the compiler splits badly.
-#if defined(__AVX512F__)
-constexpr int kWidth = 16;
-#elif defined(__AVX2__)
-constexpr int kWidth = 8;
-#else
-constexpr int kWidth = 4;
-#endif
-typedef float vec __attribute__((vector_size(4 * kWidth)));
-typedef int32_t ivec __attribute__((vector_size(4 * kWidth)));
-typedef uint32_t uvec __attribute__((vector_size(4 * kWidth)));
 
 constexpr int kStep = 64;  // experts whose comparisons fit one mask
 constexpr int kVecs = kStep / kWidth;
-constexpr int kSumLanes = 32;  // of a softmax
-
-ivec lanes() {
-  ivec v{};
-  for (int i = 0; i < kWidth; ++i) v[i] = i;
-  return v;
-}
-vec all(float value) { return value - vec{}; }  // a sum would change the sign of a zero
-vec at(const float* p) { return load_as<vec>(p); }
-vec greater(vec a, vec b) { return a > b ? a : b; }
-vec lesser(vec a, vec b) { return a > b ? b : a; }
-template <class V>
-V swapped(V v, int by) {
-  return __builtin_shuffle(v, lanes() ^ by);
-}
-float largest_of(vec v) {
-#pragma GCC unroll 4
-  for (int by = kWidth / 2; by > 0; by /= 2) v = greater(v, swapped(v, by));
-  return v[0];
-}
-
-// The first `count` lanes, then -inf.
-vec some(const float* p, int64_t count) {
-  if (count >= kWidth) return at(p);
-  vec v = all(kNever);
-  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
-  return v;
-}
-
-// e^x to 2 ulp; 0 below -87, e^88 above 88; no NaN.
-vec unfused_exp(vec x) {
-  const vec below = x < 88.0f ? x : all(88.0f);
-  const vec clamped = below > -88.0f ? below : all(-88.0f);
-  const float magic = 12582912.0f;  // 1.5 * 2^23: the sum has no room for a fraction
-  const vec n = (clamped * 1.44269504088896341f + magic) - magic;
-  vec r = clamped - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  vec p = all(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const uvec exponent = (uvec) __builtin_convertvector(n, ivec) << 23;
-  return x < -87.0f ? all(0.0f) : (vec)((uvec)p + exponent);
-}
-
-// log(1 + u) of u in [0, 1] as 2 atanh(u / (2 + u)).
-vec unfused_log1p(vec u) {
-  const vec w = u / (2.0f + u), q = w * w;
-  vec p = all(1.0f / 15);
-  for (float n = 13.0f; n > 0.0f; n -= 2.0f) p = p * q + 1.0f / n;
-  return (w + w) * p;
-}
 
 vec sqrt_softplus(vec z) {
   vec v = greater(z, all(0.0f)) + unfused_log1p(unfused_exp(z > 0.0f ? -z : z));
@@ -123,18 +55,11 @@ struct Row {
 
 int64_t padded(int64_t count) { return (count + kStep - 1) / kStep * kStep; }
 
-// Lane l adds expert l, l + 32, ...; then halves fold.
 float softmax_sum(const float* values, int64_t count) {
-  constexpr int kParts = kSumLanes / kWidth;
-  vec sums[kParts] = {};
+  LaneSum sum;
   for (int64_t e = 0; e < count; e += kSumLanes)
-    for (int i = 0; i < kParts; ++i) sums[i] += at(values + e + i * kWidth);
-  for (int parts = kParts / 2; parts > 0; parts /= 2)
-    for (int i = 0; i < parts; ++i) sums[i] += sums[i + parts];
-  vec total = sums[0];
-#pragma GCC unroll 4
-  for (int by = kWidth / 2; by > 0; by /= 2) total += swapped(total, by);
-  return total[0];
+    for (int i = 0; i < kSumVecs; ++i) sum.part[i] += at(values + e + i * kWidth);
+  return sum.fold();
 }
 
 // Fills score and value; false when every logit is -inf or NaN.
@@ -158,7 +83,7 @@ bool score_row(const TopKArgs& args, const float* logits, const Row& row) {
     if (kind == Score::kSoftmax)
       s = unfused_exp(z == largest ? all(0.0f) : z - largest);
     else if (kind == Score::kSigmoid)
-      s = 1.0f / (1.0f + unfused_exp(-z));
+      s = unfused_sigmoid(z);
     else if (kind == Score::kSqrtSoftplus)
       s = sqrt_softplus(z);
     store_as(row.score + e, s);
@@ -180,20 +105,11 @@ void mask_groups(const TopKArgs& args, const Row& row) {
   const bool two = args.rule.flags & kTopKSum2;
   for (int64_t g = 0; g < groups; ++g) {
     const float* values = row.value + g * size;
-    vec high = all(kNever), low = all(kNever);  // the two best of every column
+    BestTwo columns;
     int64_t e = 0;
-    for (; e + kWidth <= size; e += kWidth) {
-      const vec value = at(values + e);
-      low = greater(low, lesser(high, value));
-      high = greater(high, value);
-    }
-#pragma GCC unroll 4
-    for (int by = kWidth / 2; by > 0; by /= 2) {
-      const vec other = swapped(high, by);
-      low = greater(greater(low, swapped(low, by)), lesser(high, other));
-      high = greater(high, other);
-    }
-    float best = high[0], second = low[0];
+    for (; e + kWidth <= size; e += kWidth) columns.take(at(values + e));
+    columns.fold();
+    float best = columns.high[0], second = columns.low[0];
     for (; e < size; ++e) {
       second = std::max(second, std::min(best, values[e]));
       best = std::max(best, values[e]);

@@ -59,12 +59,29 @@ __device__ inline float unfused_exp(float x) {
   return x < -87.0f ? 0.0f : __uint_as_float(__float_as_uint(p) + exponent);
 }
 
-__device__ inline float unfused_log1p(float u) {
-  const float w = __fdiv_rn(u, __fadd_rn(2.0f, u)), q = __fmul_rn(w, w);
+__device__ inline float twice_atanh(float w) {  // of |w| <= 1/3
+  const float q = __fmul_rn(w, w);
   float p = 1.0f / 15;
 #pragma unroll
   for (int n = 13; n > 0; n -= 2) p = __fadd_rn(__fmul_rn(p, q), 1.0f / n);
   return __fmul_rn(__fadd_rn(w, w), p);
+}
+
+__device__ inline float unfused_log1p(float u) {  // of u in [0, 1]
+  return twice_atanh(__fdiv_rn(u, __fadd_rn(2.0f, u)));
+}
+
+// Natural logarithm of finite x >= 1 to 2 ulp.
+__device__ inline float unfused_log(float x) {
+  const u32 bits = __float_as_uint(x);
+  const int exponent = static_cast<int>(bits >> 23) - 127;
+  const float whole = __uint_as_float(bits - (static_cast<u32>(exponent) << 23));  // in [1, 2)
+  const bool high = whole > 1.4140625f;
+  const float part = high ? __fmul_rn(whole, 0.5f) : whole;
+  const float n = static_cast<float>(exponent + high);
+  const float p = __fadd_rn(twice_atanh(__fdiv_rn(__fsub_rn(part, 1.0f), __fadd_rn(part, 1.0f))),
+                            __fmul_rn(n, -2.12194440e-4f));
+  return __fadd_rn(p, __fmul_rn(n, 0.693359375f));
 }
 
 __device__ inline float score_of(float z, int kind) {

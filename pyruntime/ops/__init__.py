@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from pyruntime.ops.backend import backend
+from pyruntime.ops.exit import ExitHead, ExitRule
 from pyruntime.ops.topk import TopK
 from pyruntime.ops.weight import Weight
 from pyruntime.plan import Plan
 
 __all__ = [
+    "ExitHead",
+    "ExitRule",
     "TopK",
     "Weight",
     "backend",
@@ -26,6 +29,7 @@ __all__ = [
     "gather",
     "layer_norm",
     "patches",
+    "plan_exit",
     "plan_partition",
     "plan_threshold",
     "plan_topk",
@@ -47,6 +51,23 @@ def plan_topk(
 ) -> Plan:
     """See `pyruntime.ops.reference.plan_topk`."""
     return cast(Plan, backend(logits.device).plan_topk(logits, rule, selection_bias, limits))
+
+
+def plan_exit(
+    x: Tensor,
+    rule: ExitRule,
+    state: Tensor,
+    limits: Tensor,
+    head: ExitHead | None = None,
+    rows: Tensor | None = None,
+    total: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Plan]:
+    """See `pyruntime.ops.reference.plan_exit`."""
+    ops = backend(x.device)
+    return cast(
+        tuple[Tensor, Tensor, Plan],
+        ops.plan_exit(x, rule, state, limits, head, rows, total),
+    )
 
 
 def plan_partition(labels: Tensor, segments: int, weights: Tensor | None = None) -> Plan:

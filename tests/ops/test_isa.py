@@ -21,6 +21,7 @@ COMPILED_PER_SET = (
     "test_attention.py",
     "test_batch_invariance.py",
     "test_topk.py",
+    "test_exit.py",
 )
 FLAGS = {
     "portable": set(),

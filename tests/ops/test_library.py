@@ -14,7 +14,7 @@ from torch.export import Dim, export, load, save
 import pyruntime.ops.library  # noqa: F401 - registers torch.ops.pyruntime
 from pyruntime import ops
 from pyruntime.errors import InvalidInput
-from pyruntime.ops import TopK, Weight
+from pyruntime.ops import ExitRule, TopK, Weight
 
 lib = torch.ops.pyruntime
 DTYPES = [torch.float32, torch.bfloat16]
@@ -46,6 +46,33 @@ def test_planners(shape: tuple[int, int, int, int]) -> None:
     check(lib.plan_partition, labels[:, 0], segments)
     if count:
         check(lib.quantile, scores[:, 0], 0.3)
+
+
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_exits(count: int) -> None:
+    x, state, limits = torch.randn(count, 5), torch.rand(count, 3), torch.rand(count, 2)
+    gate = [1.0, -1.0, 0.5, 0.5, -0.5]
+    check(lib.plan_exit, x, state, limits, "jei_dnn", False, gate, "independent")
+    check(lib.plan_exit, x, state, limits.T.contiguous().T, "patience", True)
+    check(lib.plan_exit, x, state, limits, "entropy", total=torch.rand(count, 5))
+    tokens = torch.randn(3 * count, 8).bfloat16()
+    rows = (3 * torch.arange(count)).int()
+    data, norm = Weight.pack(torch.randn(6, 8)).data, torch.rand(8)
+    head = {"weight": data, "out_features": 6, "bias": torch.rand(6), "norm_weight": norm}
+    check(lib.plan_exit, tokens, state, limits, "learned", rows=rows, **head)
+    check(lib.plan_exit, tokens, state, limits, "margin", rows=rows, **head, norm_bias=norm)
+
+
+def test_an_exit_mutates_nothing() -> None:
+    x, state, total = torch.randn(4, 3), torch.zeros(4, 3), torch.randn(4, 3)
+    limits, before = torch.zeros(4, 2), total.clone()
+    out = lib.plan_exit(x, state, limits, "patience", total=total)
+    assert torch.equal(total, before) and not state.any() and out[2][:, 2].all()
+    after, summed = torch.zeros(4, 3), total.clone()
+    logits, confidence, plan = ops.plan_exit(x, ExitRule("patience"), after, limits, total=summed)
+    for actual, expected in zip(out, (logits, confidence, after), strict=False):
+        assert torch.equal(actual, expected)
+    assert out[3].tolist() == [-1] * 4 and torch.equal(out[5], plan.inverse)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,6 +9,7 @@ the reference's: torch's own kernels.
 
 from __future__ import annotations
 
+from pyruntime.ops.cuda.exit import plan_exit
 from pyruntime.ops.cuda.matmul import choose_kernel, segment_matmul
 from pyruntime.ops.cuda.move import combine, compact, gather
 from pyruntime.ops.cuda.plan import plan_partition, plan_threshold, plan_topk, quantile
@@ -21,6 +22,7 @@ __all__ = [
     "gather",
     "layer_norm",
     "patches",
+    "plan_exit",
     "plan_partition",
     "plan_threshold",
     "plan_topk",

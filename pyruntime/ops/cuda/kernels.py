@@ -35,6 +35,7 @@ _PLAN_OUT = "PPPPPi4x"
 _THRESHOLD = "PPi4x"
 _LABELS = "Pi4x"
 _TOPK = "PPPiiiiffii"
+_EXIT = "13P6f6i"
 # kernel -> (source, C layout of its parameters as `struct` writes it)
 KERNELS: Final = MappingProxyType(
     {
@@ -56,6 +57,7 @@ KERNELS: Final = MappingProxyType(
         "plan_labels_count": ("plan", _LABELS + "Pi"),
         "plan_labels_scatter": ("plan", _LABELS + _PLAN_OUT + "Pi"),
         "plan_scan": ("plan", "PPii"),
+        **{f"plan_exit_{form}": ("exit", _EXIT) for form in ("rows", "head", "gate")},
         **{f"plan_topk_choose_{items}": ("plan", _TOPK + "PP") for items in (2, 8, 32)},
         **{f"plan_topk_small_{items}": ("plan", _TOPK + "PP" + _PLAN_OUT) for items in (2, 8)},
     }

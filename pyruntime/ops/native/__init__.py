@@ -8,6 +8,7 @@ from __future__ import annotations
 from pyruntime.ops.native.attention import append, attention, rotate
 from pyruntime.ops.native.binding import isa
 from pyruntime.ops.native.compute import segment_matmul
+from pyruntime.ops.native.exit import plan_exit
 from pyruntime.ops.native.move import combine, compact, gather
 from pyruntime.ops.native.norm import gate, layer_norm, rms_norm
 from pyruntime.ops.native.patches import patches
@@ -23,6 +24,7 @@ __all__ = [
     "isa",
     "layer_norm",
     "patches",
+    "plan_exit",
     "plan_partition",
     "plan_threshold",
     "plan_topk",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pyruntime.ops.reference.attention import BLOCK, append, attention, read_cache, rotate
 from pyruntime.ops.reference.compute import segment_matmul
+from pyruntime.ops.reference.exit import plan_exit
 from pyruntime.ops.reference.move import combine, compact, gather
 from pyruntime.ops.reference.norm import gate, layer_norm, rms_norm
 from pyruntime.ops.reference.patches import patches
@@ -22,6 +23,7 @@ __all__ = [
     "gather",
     "layer_norm",
     "patches",
+    "plan_exit",
     "plan_partition",
     "plan_threshold",
     "plan_topk",

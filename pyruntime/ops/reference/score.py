@@ -21,6 +21,7 @@ _EXP = (
     5.0000001201e-1,
 )  # Cephes, expf
 _ATANH = tuple(1.0 / n for n in range(15, 2, -2))
+_SPLIT = 1.4140625  # near the root of 2: log of a part is small on either side
 _ROUND = 12582912.0  # 1.5 * 2^23: the sum has no room for a fraction
 
 
@@ -75,8 +76,23 @@ def lane_sum(x: Tensor) -> Tensor:
 
 
 def _log1p(u: Tensor) -> Tensor:
-    """log(1 + u) of u in [0, 1] as 2 atanh(u / (2 + u))."""
-    w = u / (2.0 + u)
+    """log(1 + u) of u in [0, 1]."""
+    return _twice_atanh(u / (2.0 + u))
+
+
+def log(x: Tensor) -> Tensor:
+    """Natural logarithm of finite x >= 1 to 2 ulp."""
+    exponent = (x.view(torch.int32) >> 23) - 127
+    part = (x.view(torch.int32) - (exponent << 23)).view(torch.float32)  # in [1, 2)
+    high = part > _SPLIT
+    part = torch.where(high, part * 0.5, part)
+    n = (exponent + high.int()).float()
+    p = _twice_atanh((part - 1.0) / (part + 1.0)) + n * -2.12194440e-4
+    return p + n * 0.693359375
+
+
+def _twice_atanh(w: Tensor) -> Tensor:
+    """2 atanh(w) of |w| <= 1/3."""
     q = w * w
     p = torch.full_like(q, _ATANH[0])
     for coefficient in (*_ATANH[1:], 1.0):
