@@ -22,6 +22,7 @@ COMPILED_PER_SET = (
     "test_batch_invariance.py",
     "test_topk.py",
     "test_exit.py",
+    "test_exit_rules.py",
 )
 FLAGS = {
     "portable": set(),
