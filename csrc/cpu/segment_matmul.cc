@@ -147,6 +147,10 @@ void run_item(const MatmulArgs& args, const Item& item, const T* packed, int64_t
     for (int64_t row = 0; row < item.rows; row += kTileRows) {
       const int count = int(std::min<int64_t>(kTileRows, item.rows - row));
       const T* a = packed + row * words;
+      Out* out = static_cast<Out*>(args.out) + (item.row + row) * columns + column;
+      for (int m = 0; m < count; ++m)  // it arrives while the products are summed
+        for (int i = 0; i < kColumns; i += 64 / sizeof(Out))
+          __builtin_prefetch(out + m * columns + i, 1);
       f32x16 sums[kTileRows][2];
       with_rows(count, [&]<int M>() {
         f32x16 acc[M][2] = {};
@@ -158,7 +162,6 @@ void run_item(const MatmulArgs& args, const Item& item, const T* packed, int64_t
         }
         std::memcpy(sums, acc, sizeof(acc));
       });
-      Out* out = static_cast<Out*>(args.out) + (item.row + row) * columns + column;
       for (int m = 0; m < count; ++m, out += columns) {
         f32x16 lo = sums[m][0], hi = sums[m][1];
         if constexpr (kInt8) {

@@ -192,8 +192,8 @@ inline void pack_rows(const T* const* rows, int count, int64_t depth, T* out) {
   constexpr int64_t d = Step<T>::kDepth;
   const int64_t whole = depth / d;
   int64_t k = 0;
-#if defined(__AVX512F__)  // a step is 32 bits
-  for (; k + 16 <= whole; k += 16) {
+#if defined(__AVX512F__)  // a step is 32 bits; few rows are as fast element by element
+  for (; count > 4 && k + 16 <= whole; k += 16) {
     f32x16 block[16];
 #pragma GCC unroll 16
     for (int m = 0; m < 16; ++m) block[m] = m < count ? load_as<f32x16>(rows[m] + k * d) : f32x16{};

@@ -213,7 +213,7 @@ def test_segment_matmul_accumulates(device: str, dtype: torch.dtype) -> None:
     weight = Weight(matrices.to(device), 24, 32, "dense")
     before = random(2, 9, 24, dtype=dtype)
     y = cuda.segment_matmul(x.to(device), weight, epilogue="gelu", out_dtype=torch.float32)
-    out = before.to(device)
+    out = before.clone().to(device)
     cuda.segment_matmul(x.to(device), weight, epilogue="gelu", out=out, accumulate=True)
     same_bits(out, (before.to(device).float() + y).to(dtype))
     with pytest.raises(InvalidInput, match="accumulate needs out, got None"):
