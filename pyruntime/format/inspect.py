@@ -11,8 +11,9 @@ from typing import Any
 from pyruntime.format.manifest import read_manifest
 from pyruntime.format.spec import family_of, model_tensors, to_dict
 
-_PARTS = ("embedding", "attention", "mlp", "experts", "routers", "norms", "gates", "head")
-_GATE = re.compile(r"gates\.|layers\.\d+\.(attn|mlp)\.gate\.")
+_PARTS = ("embedding", "stem", "attention", "mlp", "experts", "routers", "norms", "gates", "exits",
+          "head")  # fmt: skip
+_GATE = re.compile(r"gates\.|layers\.\d+\.(attn|mlp)\.gate\.|layers\.\d+\.\S*\.width\.")
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -59,16 +60,18 @@ def text(path: str | os.PathLike[str]) -> str:
         ("model", f"{spec['source_family']} {facts['family']}, {spec['dtype']}"
                   f"{_quantization_text(spec)}"),
         ("layers", f"{spec['num_layers']} of width {spec['hidden_size']}, "
-                   f"MLP {spec['intermediate_size']}"),
+                   f"MLP {spec.get('intermediate_size') or spec['mlp_size']}"),
     ]  # fmt: skip
-    rows += _encoder_rows(spec) if facts["family"] == "encoder" else _decoder_rows(spec)
+    rows += _ROWS[facts["family"]](spec)
     for part in ("total", *_PARTS):
         if facts["parameters"][part]:
             count, size = facts["parameters"][part], facts["bytes"][part]
             rows.append((part, f"{count:>15,} parameters {size / 1e6:12,.3f} MB"))
-    rows.append(("gates", _gate_text(gates) if gates else "none"))
+    if facts["family"] != "vision":
+        rows.append(("gates", _gate_text(gates) if gates else "none"))
     rows.append(("calibration", _calibration_text(calibration) if calibration else "none"))
-    rows.append(("tokenizer", "present" if facts["tokenizer"] else "none: token ids only"))
+    if facts["family"] != "vision":
+        rows.append(("tokenizer", "present" if facts["tokenizer"] else "none: token ids only"))
     rows.append(("files", f"{len(facts['shards'])} shards"))
     rows += [(key, str(value)) for key, value in facts["provenance"].items()]
     width = max(len(name) for name, _ in rows)
@@ -103,6 +106,50 @@ def _encoder_rows(spec: dict[str, Any]) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
+def _vision_rows(spec: dict[str, Any]) -> list[tuple[str, str]]:
+    (height, width), patch = spec["image_size"], spec["patch_size"]
+    stem = "tokens-to-token stem" if spec["stem"] == "t2t" else "patches"
+    seen, prefix = spec["preprocess"], spec["prefix_tokens"]
+    how = "squashed" if seen["squash"] else f"centre crop {seen['crop']:g}"
+    mean, std = (" ".join(f"{value:g}" for value in seen[key]) for key in ("mean", "std"))
+    labels = ", named" if spec["labels"] else ""
+    rows = [
+        ("heads", f"{spec['num_heads']}, {spec['hidden_size'] // spec['num_heads']} wide"),
+        ("images", f"{height} x {width}, {stem} of {patch}: {prefix} + "
+                   f"{(height // patch) * (width // patch)} tokens"),
+        ("preprocess", f"{seen['interpolation']}, {how}, mean {mean}, std {std}"),
+        ("classes", f"{spec['num_classes']}{labels}, read from the {_POOLS[spec['pool']]}"),
+    ]  # fmt: skip
+    if spec["exits"]:
+        rows += [(f"exit {number}", _exit_text(one)) for number, one in enumerate(spec["exits"])]
+    else:
+        rows.append(("exits", "none"))
+    if spec["width"]:
+        rows.append(("width", _width_text(spec["width"])))
+    return rows
+
+
+def _exit_text(one: dict[str, Any]) -> str:
+    sign = ">" if one["strict"] else ">="
+    rule = "never" if one["threshold"] is None else f"{sign} {one['threshold']:g}"
+    parts = [
+        f"after block {one['after_block']}: {one['criterion']} {rule}",
+        f"{one['composition']}, tau {one['tau']:g}" if one["criterion"] == "jei_dnn" else "",
+        f"{one['norm']} norm" if one["norm"] != "shared" else "",
+        "mean of the patches" if one["pool"] == "mean" else "",
+        f"outputs {one['outputs']}" if one["outputs"] != "own" else "",
+        "cascade" if one["cascade"] else "",
+        f"always class {one['constant_class']}" if one["constant_class"] is not None else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _width_text(width: dict[str, Any]) -> str:
+    parts = {"MLP": width["mlp_bottleneck"], "projections": width["attention_bottleneck"]}
+    where = ", ".join(f"{name} {wide} wide" for name, wide in parts.items() if wide)
+    return f"up to {width['learners']} learners ({where}), rule {width['rule']}"
+
+
 def _expert_rows(experts: dict[str, Any], layers: int) -> list[tuple[str, str]]:
     router, count = experts["router"], len(experts["layers"])
     gated = ", gated" if experts["shared_gate"] else ""
@@ -122,6 +169,11 @@ def _expert_rows(experts: dict[str, Any], layers: int) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
+_ROWS = {"decoder": _decoder_rows, "encoder": _encoder_rows, "vision": _vision_rows}
+_POOLS = {"class": "class row", "mean": "mean of the patches", "distilled": "class and "
+          "distillation rows", "class_mean": "class row and the mean of the patches"}  # fmt: skip
+
+
 def _gate_text(gates: dict[str, Any]) -> str:
     kind = gates["gate_type"] + (" (scalar)" if gates["mlp_scalar"] else "")
     flags = {"attention": gates["gate_attention"], "MLP": gates["gate_mlp"]}
@@ -136,19 +188,25 @@ def _gate_text(gates: dict[str, Any]) -> str:
 
 
 def _calibration_text(calibration: dict[str, Any]) -> str:
-    budgets = calibration["budgets"]
+    budgets, default = calibration["budgets"], calibration["default_budget"]
+    counted = "samples" if calibration["kind"] == "exits" else "tokens"
+    usual = "the checkpoint's own rule" if default is None else f"{default:g}"
     return (
         f"{len(budgets)} budgets from {max(budgets):g} to {min(budgets):g} "
-        f"on {calibration['tokens']} tokens, default {calibration['default_budget']:g}"
+        f"on {calibration[counted]} {counted}, default {usual}"
     )
 
 
 def _part(name: str) -> str:
     if _GATE.match(name):
         return "gates"
-    if name.startswith("embed."):
+    if name.startswith("exits."):
+        return "exits"
+    if name.startswith(("embed.", "positions", "prefix")):
         return "embedding"
-    if name.startswith("lm_head."):
+    if name.startswith("stem."):
+        return "stem"
+    if name.startswith(("lm_head.", "head.", "head_dist.")):
         return "head"
     if "norm." in name:
         return "norms"

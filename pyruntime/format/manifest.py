@@ -18,6 +18,7 @@ from pyruntime.format.spec import (
     GateSpec,
     ModelSpec,
     TensorSpec,
+    VisionSpec,
     family_of,
     from_dict,
     to_dict,
@@ -139,10 +140,15 @@ def sync_folder(folder: Path) -> None:
 def calibration_problems(data: object, spec: ModelSpec, gates: GateSpec | None) -> list[str]:
     """What is wrong with a calibration record of this model; empty when it can be used."""
     kind: str
-    if not isinstance(spec, DecoderSpec):
+    counted, least = "tokens", 0.0
+    if isinstance(spec, VisionSpec):
+        kind, shape, counted = "exits", [len(spec.exits)], "samples"
+        if not spec.exits:
+            return ["calibration: the model has no exits"]
+    elif not isinstance(spec, DecoderSpec):
         return ["calibration: an encoder has none"]
-    if gates is not None:
-        kind, shape, least = gates.kind, [spec.num_layers, 2], 0.0
+    elif gates is not None:
+        kind, shape = gates.kind, [spec.num_layers, 2]
     elif spec.experts is not None:
         kind, shape = "experts", [len(spec.experts.layers)]
         least = 1 / spec.experts.experts_per_token
@@ -150,7 +156,7 @@ def calibration_problems(data: object, spec: ModelSpec, gates: GateSpec | None) 
         return ["calibration: the model has no gates and no experts"]
     if not isinstance(data, dict):
         return [f"calibration: expected an object, is {type(data).__name__}"]
-    needed = ("kind", "budgets", "thresholds", "kept", "tokens", "data_sha256", "default_budget")
+    needed = ("kind", "budgets", "thresholds", "kept", counted, "data_sha256", "default_budget")
     missing = [f"calibration: missing key {key!r}" for key in needed if key not in data]
     if missing:
         return missing
@@ -167,6 +173,10 @@ def calibration_problems(data: object, spec: ModelSpec, gates: GateSpec | None) 
             f"calibration: the last budget must be {least:g}, one expert, is {budgets[-1]}"
         )
     default = data["default_budget"]
+    if kind == "exits":
+        least = budgets[-1]
+        # Without a budget images leave by the checkpoint's own rule.
+        default = 1.0 if default is None else default
     if not (_numbers([default]) and least <= default <= 1):
         problems.append(f"calibration: default_budget must be in [{least:g}, 1], is {default!r}")
     if not (isinstance(kept, list) and len(kept) == len(budgets)):

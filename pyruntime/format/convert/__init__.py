@@ -11,57 +11,31 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from pyruntime.errors import ConversionError
-from pyruntime.format.convert import gateskip, source
+from pyruntime.format.convert import exits, gateskip, source, vision_source
 from pyruntime.format.convert.checkpoint import fingerprint
 from pyruntime.format.convert.recipe import Recipe
+from pyruntime.format.convert.report import Report
 from pyruntime.format.convert.source import Source
 from pyruntime.format.convert.stage import Stage, check_destination, open_stage
+from pyruntime.format.convert.torchvision_acm import Rule
+from pyruntime.format.convert.vision_source import VisionOptions
 from pyruntime.format.convert.writer import plan_shards, write_shard
 from pyruntime.format.manifest import VERSION, Manifest, Shard, write_manifest
-from pyruntime.format.spec import DecoderSpec, GateSpec, ModelSpec, TensorSpec, to_dict
+from pyruntime.format.spec import TensorSpec, VisionSpec, to_dict
+
+__all__ = ["Report", "convert"]
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
 SHARD_BYTES = 1_000_000_000
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _LAYOUT_REVISION = 1  # part of a stage's identity: shards of an older converter are not reused
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a conversion did, or with `dry_run` would do. Sizes are bytes, time is seconds."""
-
-    source: Path
-    destination: Path
-    spec: ModelSpec
-    gates: GateSpec | None
-    tensors: int
-    bytes: int
-    shards: int
-    resumed: int
-    seconds: float
-    dry_run: bool
-    notes: tuple[str, ...]
-
-    def __str__(self) -> str:
-        done = "would convert" if self.dry_run else "converted"
-        gated = f" with {self.gates.gate_type} gates" if self.gates else ""
-        spec = self.spec
-        stored = (isinstance(spec, DecoderSpec) and spec.quantization) or spec.dtype
-        resumed = f", {self.resumed} of them from an earlier run" if self.resumed else ""
-        first = (
-            f"{done} {self.source} ({self.spec.source_family}{gated}, {stored}) to "
-            f"{self.destination}: {self.tensors} tensors, {self.bytes / 1e6:.1f} MB in "
-            f"{self.shards} shards{resumed}, {self.seconds:.1f} s"
-        )
-        return "\n".join([first, *(f"note: {note}" for note in self.notes)])
 
 
 def convert(
@@ -72,6 +46,10 @@ def convert(
     quantize: Literal["int8"] | None = None,
     base: PathLike | None = None,
     sidecar: PathLike | None = None,
+    preprocess: PathLike | None = None,
+    heads: PathLike | None = None,
+    exit: str | None = None,
+    width_rule: Rule | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -81,8 +59,13 @@ def convert(
 
     `src` is a Hugging Face folder, or a GateSkip state dict (.pt, .pth, .bin, .safetensors) with
     its sidecar JSON beside it (or at `sidecar`) and its base model's folder named there (or at
-    `base`). `quantize` stores matrices as int8 with one scale per output channel; embeddings,
-    routers, gates, norms and biases are in `dtype` or float32, as they would be without.
+    `base`). Or it is a vision transformer: a folder of timm or transformers, or a bare checkpoint
+    with preprocess.json beside it (or at `preprocess`). `heads` is a folder of JEI-DNN's warm-up
+    heads, `exit` a criterion with or without a threshold ("max_prob:0.9") instead of the
+    checkpoint's own, `width_rule` that of adaptive width (see `WidthSpec`).
+
+    `quantize` stores matrices as int8 with one scale per output channel; embeddings, routers,
+    gates, norms and biases are in `dtype` or float32, as they would be without.
     `dry_run` checks everything, weight values too, and writes nothing. `overwrite` may replace a
     model folder. `progress(done, total)` is called with bytes.
 
@@ -100,10 +83,19 @@ def convert(
     if shard_bytes < 1:
         raise ConversionError(f"shard_bytes must be positive, is {shard_bytes}")
     check_destination(destination, overwrite)
-    model = _open(origin, base, sidecar)
+    if width_rule not in (None, *get_args(Rule)):
+        raise ConversionError(
+            f"width_rule must be one of {', '.join(get_args(Rule))}, is {width_rule!r}"
+        )
+    options = VisionOptions(
+        Path(preprocess) if preprocess else None, Path(heads) if heads else None,
+        None if exit is None else exits.parse_rule(exit), width_rule,
+    )  # fmt: skip
+    model = _open(origin, base, sidecar, options)
     model, notes = model.with_dtype(dtype, quantize)
     model.check()
-    notes += _tokenizer_notes(model.folder)
+    if not isinstance(model.spec, VisionSpec):
+        notes += _tokenizer_notes(model.folder)
     recipes = {recipe.target.name: recipe for recipe in model.recipes()}
     shards = plan_shards([recipe.target for recipe in recipes.values()], shard_bytes)
     count = _Counter(sum(t.nbytes for shard in shards for t in shard), progress)
@@ -122,11 +114,12 @@ def convert(
             _check_space(stage, count.total)
             try:
                 _write(model, recipes, shards, stage, count)
-                options = {
+                named = {
                     "--dtype": dtype if dtype != "auto" else None, "--quantize": quantize,
-                    "--base": base, "--sidecar": sidecar,
+                    "--base": base, "--sidecar": sidecar, "--preprocess": preprocess,
+                    "--heads": heads, "--exit": exit, "--width-rule": width_rule,
                 }  # fmt: skip
-                command = _command(src, dst, options)
+                command = _command(src, dst, named)
                 _finish(model, origin, shards, stage, command)
                 check_destination(destination, overwrite)
                 stage.publish(destination)
@@ -176,14 +169,28 @@ class _Counter:
             self._progress(self._done, self.total)
 
 
-def _open(origin: Path, base: PathLike | None, sidecar: PathLike | None) -> Source:
-    if origin.is_dir():
-        extra = [name for name, given in (("base", base), ("sidecar", sidecar)) if given]
-        if extra:
-            raise ConversionError(f"{origin}: {' and '.join(extra)} given, but it is not a file")
-        return source.open_folder(origin)
-    if not origin.is_file():
+def _open(
+    origin: Path, base: PathLike | None, sidecar: PathLike | None, options: VisionOptions
+) -> Source:
+    extra = [name for name, given in (("base", base), ("sidecar", sidecar)) if given]
+    folder = origin.is_dir()
+    if folder and extra:
+        raise ConversionError(f"{origin}: {' and '.join(extra)} given, but it is not a file")
+    if not folder and not origin.is_file():
         raise ConversionError(f"{origin}: no such file or folder")
+    if vision_source.is_folder(origin) if folder else vision_source.is_file(origin):
+        if extra:
+            raise ConversionError(
+                f"{origin}: {' and '.join(extra)} given, but it is a vision transformer"
+            )
+        opener = vision_source.open_folder if folder else vision_source.open_file
+        return opener(origin, options)
+    if options.named:
+        raise ConversionError(
+            f"{origin}: {' and '.join(options.named)} given, but it is no vision transformer"
+        )
+    if folder:
+        return source.open_folder(origin)
     return gateskip.open_state_dict(
         origin, Path(base) if base else None, Path(sidecar) if sidecar else None
     )
@@ -240,7 +247,7 @@ def _scan(
 def _finish(
     model: Source, origin: Path, shards: list[list[TensorSpec]], stage: Stage, command: str
 ) -> None:
-    for name in _TOKENIZER_FILES:
+    for name in () if isinstance(model.spec, VisionSpec) else _TOKENIZER_FILES:
         if (model.folder / name).is_file():
             shutil.copyfile(model.folder / name, stage.folder / name)
     names = [_shard_name(index) for index in range(len(shards))]
@@ -255,6 +262,7 @@ def _finish(
         "pyruntime_version": _version(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
+        **model.provenance,
     }
     manifest = Manifest(model.spec, model.gates, model.calibration, provenance, placement, made)
     write_manifest(stage.folder, manifest)

@@ -29,6 +29,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8,
 }  # fmt: skip
 _ZIP_MAGIC = b"PK\x03\x04"  # torch.save writes a zip archive since 1.6
+_MAX_DEPTH = 8
 # Pages of a mapped .pt file are given back by mapping it anew after this many bytes.
 _REMAP_BYTES = 64 << 20
 
@@ -132,8 +133,17 @@ def open_file(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise ConversionError(f"{path}: no such file")
-    opened = _SafetensorsFile(path) if path.suffix == ".safetensors" else _TorchFile(path)
-    return Checkpoint(opened.entries(), [path])
+    if path.suffix == ".safetensors":
+        return Checkpoint(_SafetensorsFile(path).entries(), [path])
+    return open_torch(path, _tensors_only)
+
+
+def open_torch(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> Checkpoint:
+    """The tensors that `read` finds in a torch.save archive.
+
+    `read` maps them from the file, and is called again whenever the pages it used are given back.
+    """
+    return Checkpoint(_TorchFile(path, read).entries(), [path])
 
 
 def _open_index(index: Path) -> Checkpoint:
@@ -212,15 +222,16 @@ class _SafetensorsFile:
 
 
 class _TorchFile:
-    """A torch.save archive, unpickled with nothing but tensors and containers allowed."""
+    """A torch.save archive, mapped."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, read: Callable[[Path], dict[str, Tensor]]) -> None:
         self._path = path
-        self._tensors = self._map()
+        self._read = read
+        self._tensors = read(path)
         self._budget = _REMAP_BYTES
 
     def entries(self) -> dict[str, Entry]:
-        """Every tensor of the file; nested dictionaries are joined by dots."""
+        """Every tensor of the file."""
         return {
             name: Entry(tuple(tensor.shape), _dtype_name(tensor.dtype) or "?", self, name)
             for name, tensor in self._tensors.items()
@@ -231,7 +242,7 @@ class _TorchFile:
         if self._budget < 0:
             # Drop the old map before making the new one; callers hold no views by now.
             self._tensors = {}
-            self._tensors = self._map()
+            self._tensors = self._read(self._path)
             self._budget = _REMAP_BYTES
         # A copy, because a view would keep the old map alive.
         tensor = self._tensors[key]
@@ -240,43 +251,70 @@ class _TorchFile:
         self._budget -= piece.nbytes
         return piece
 
-    def _map(self) -> dict[str, Tensor]:
-        path = self._path
-        with open(path, "rb") as file:
-            if file.read(4) != _ZIP_MAGIC:
-                raise ConversionError(
-                    f"{path}: not a torch.save archive (torch 1.6 or later); "
-                    "bare pickles are not read, because they can run code"
-                )
-        try:
-            data = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except pickle.UnpicklingError as error:
-            # torch explains at length how to switch the protection off: say only what it found.
-            found = re.search(r"GLOBAL (\S+) (?:was|whose)", str(error))
-            what = f" ({found[1]})" if found else ""
+
+def _tensors_only(path: Path) -> dict[str, Tensor]:
+    """Unpickled with nothing but tensors and containers allowed."""
+    require_archive(path)
+    try:
+        data = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch explains at length how to switch the protection off: say only what it found.
+        found = re.search(r"GLOBAL (\S+) (?:was|whose)", str(error))
+        what = f" ({found[1]})" if found else ""
+        raise ConversionError(
+            f"{path}: holds code or objects{what} besides tensors; only tensors are read"
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError, TypeError, KeyError, IndexError,
+            AttributeError) as error:  # fmt: skip
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConversionError(f"{path}: damaged torch file: {first}") from None
+    if not isinstance(data, dict):
+        raise ConversionError(f"{path}: expected a dictionary, is {type(data).__name__}")
+    inner = data.get("state_dict", data)  # Lightning keeps the training state around it
+    return dense(path, dict(flatten(path, inner if isinstance(inner, dict) else data)))
+
+
+def require_archive(path: Path) -> None:
+    """Refuse what is not a zip archive.
+
+    Raises:
+        ConversionError: another kind of file.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != _ZIP_MAGIC:
             raise ConversionError(
-                f"{path}: holds code or objects{what} besides tensors; only tensors are read"
-            ) from None
-        except (RuntimeError, OSError, EOFError, ValueError, TypeError, KeyError, IndexError,
-                AttributeError) as error:  # fmt: skip
-            first = (str(error) or type(error).__name__).splitlines()[0]
-            raise ConversionError(f"{path}: damaged torch file: {first}") from None
-        if not isinstance(data, dict):
-            raise ConversionError(f"{path}: expected a dictionary, is {type(data).__name__}")
-        inner = data.get("state_dict", data)  # Lightning keeps the training state around it
-        flat = dict(_flatten(inner if isinstance(inner, dict) else data))
-        strange = [f"{path}: {name} is a {type(value).__name__}, not a dense tensor"
-                   for name, value in flat.items()
-                   if not isinstance(value, Tensor) or value.layout != torch.strided]  # fmt: skip
-        if strange:
-            raise ConversionError("\n".join(strange))
-        return flat
+                f"{path}: not a torch.save archive (torch 1.6 or later); "
+                "bare pickles are not read, because they can run code"
+            )
 
 
-def _flatten(data: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def dense(path: Path, flat: dict[str, Any]) -> dict[str, Tensor]:
+    """`flat` again.
+
+    Raises:
+        ConversionError: what is in it besides tensors whose numbers lie one by one.
+    """
+    strange = [f"{path}: {name} is a {type(value).__name__}, not a dense tensor"
+               for name, value in flat.items()
+               if not isinstance(value, Tensor) or value.layout != torch.strided]  # fmt: skip
+    if strange:
+        raise ConversionError("\n".join(strange))
+    return flat
+
+
+def flatten(
+    path: Path, data: Mapping[Any, Any], prefix: str = "", depth: int = 0
+) -> Iterator[tuple[str, Any]]:
+    """Every value that is no dictionary, under its keys joined by dots.
+
+    Raises:
+        ConversionError: dictionaries in dictionaries without end, as a pickle may hold them.
+    """
+    if depth > _MAX_DEPTH:
+        raise ConversionError(f"{path}: more than {_MAX_DEPTH} dictionaries in each other")
     for key, value in data.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(path, value, f"{prefix}{key}.", depth + 1)
         else:
             yield f"{prefix}{key}", value
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pyruntime.format.convert.checkpoint import Checkpoint, Entry, Need
@@ -26,6 +27,19 @@ class Computed:
     def rows(self, key: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop)."""
         return self.read(start, stop)
+
+
+def transposed(weights: Checkpoint, name: str, height: int, depth: int, rank: int) -> Rows:
+    """The first `depth` of every `height` rows of `rank` columns, transposed head by head."""
+
+    def read(start: int, stop: int) -> Tensor:
+        parts = []
+        for head in range(start // rank, -(-stop // rank)):
+            matrix = weights.rows(name, head * height, head * height + depth).t()
+            parts.append(matrix[max(start - head * rank, 0) : stop - head * rank])
+        return torch.cat(parts)
+
+    return read
 
 
 class Derivation:

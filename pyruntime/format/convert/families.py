@@ -39,3 +39,5 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "switch_transformers": switch_transformers,
     }
 )
+# Those of vision transformers, whose tensors say more about them than their config.json.
+VISION = ("vit", "deit", "dinov2", "dinov2_with_registers")

@@ -50,7 +50,10 @@ def open_state_dict(path: Path, base: Path | None, sidecar: Path | None) -> Sour
     notes = _read_sidecar(notes_path) if notes_path.is_file() else {}
     weights = checkpoint.open_file(path).renamed(_canonical)
     if not any(_GATE.match(name) for name in weights.entries):
-        raise ConversionError(f"{path}: holds no GateSkip gates (no name with .gate.gate.)")
+        raise ConversionError(
+            f"{path}: holds no GateSkip gates (no name with .gate.gate.) and is "
+            "no vision transformer"
+        )
     folder = _base_folder(path, base, notes, notes_path)
     reading = source.open_model(folder)
     spec = reading.spec

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyruntime.format.convert import qwen2_moe
 from pyruntime.format.convert.checkpoint import Checkpoint, Need
 from pyruntime.format.convert.config import Config
-from pyruntime.format.convert.derive import Derivation, Rows
+from pyruntime.format.convert.derive import Derivation, Rows, transposed
 from pyruntime.format.convert.family import Modules
 from pyruntime.format.convert.rope import rope_parameters, yarn_mscale
 from pyruntime.format.spec import DecoderSpec, LatentSpec
@@ -102,7 +102,7 @@ def _add(
     both = f"{attention}.kv_b_proj.weight"
     height, value = nope + latent.value_dim, latent.value_dim
     needs = {both: Need((heads * height, rank))}
-    read = _transposed(weights, both, height, nope, rank)
+    read = transposed(weights, both, height, nope, rank)
     made.add(f"{attention}.k_b.weight", (heads * rank, nope), needs, read)
     read = _per_head(weights, both, height, nope + torch.arange(value))
     made.add(f"{attention}.v_b.weight", (heads * value, rank), needs, read)
@@ -116,18 +116,5 @@ def _per_head(weights: Checkpoint, name: str, height: int, order: Tensor) -> Row
         wanted = wanted // len(order) * height + order[wanted % len(order)]
         first = int(wanted.min())
         return weights.rows(name, first, int(wanted.max()) + 1)[wanted - first]
-
-    return read
-
-
-def _transposed(weights: Checkpoint, name: str, height: int, depth: int, rank: int) -> Rows:
-    """The first `depth` of every `height` rows of `rank` columns, transposed head by head."""
-
-    def read(start: int, stop: int) -> Tensor:
-        parts = []
-        for head in range(start // rank, -(-stop // rank)):
-            matrix = weights.rows(name, head * height, head * height + depth).t()
-            parts.append(matrix[max(start - head * rank, 0) : stop - head * rank])
-        return torch.cat(parts)
 
     return read

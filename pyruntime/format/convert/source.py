@@ -16,15 +16,22 @@ from pyruntime.errors import ConversionError, UnsupportedModel
 from pyruntime.format.convert import checkpoint
 from pyruntime.format.convert.checkpoint import Checkpoint, Need
 from pyruntime.format.convert.config import Config
-from pyruntime.format.convert.families import FAMILIES
+from pyruntime.format.convert.families import FAMILIES, VISION
 from pyruntime.format.convert.family import Modules, Reading
 from pyruntime.format.convert.recipe import Recipe
-from pyruntime.format.spec import DecoderSpec, EncoderSpec, GateSpec, ModelSpec, model_tensors
+from pyruntime.format.spec import (
+    DecoderSpec,
+    EncoderSpec,
+    GateSpec,
+    ModelSpec,
+    family_of,
+    model_tensors,
+)
 
 # Suffixes of ours whose numbers come from a tensor with another.
 _SUFFIXES = {"weight_scale": "weight", "selection_bias": "e_score_correction_bias"}
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
-_NUMBERS = re.compile(r"\b(layers|experts)\.(\d+)\.")
+_NUMBERS = re.compile(r"\b(layers?|blocks|experts|intermediate_heads|gates)\.(\d+)\.")
 _COMPARE_ROWS = 1024
 
 
@@ -32,19 +39,23 @@ _COMPARE_ROWS = 1024
 class Source:
     """Everything a conversion needs to know.
 
-    `modules` maps our module names to theirs. `copies` maps a tensor that may be there to the one
-    it must equal. `folder` holds config.json and the tokenizer.
+    `modules` maps our module names to theirs; where families differ by more than names, `tensors`
+    maps each of our tensors to those whose rows it joins instead. `copies` maps a tensor that may
+    be there to the one it must equal. `folder` holds config.json and the tokenizer. `provenance` is
+    added to what runtime.json tells about the origin.
     """
 
     folder: Path
     spec: ModelSpec
     checkpoint: Checkpoint
-    modules: Modules
+    modules: Modules = field(default_factory=dict)
     gates: GateSpec | None = None
     calibration: dict[str, Any] | None = None
     copies: Mapping[str, str] = field(default_factory=dict)
     described_by: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def recipes(self) -> list[Recipe]:
         """One recipe per tensor of the destination, in its order."""
@@ -76,7 +87,10 @@ class Source:
         elif quantize is None:
             spec = dataclasses.replace(self.spec, dtype=dtype)
         else:
-            raise ConversionError(f"{self.folder}: an encoder cannot be quantised to {quantize}")
+            kind = family_of(self.spec)
+            raise ConversionError(
+                f"{self.folder}: {quantize} matrices of a {kind} model are not implemented"
+            )
         return dataclasses.replace(self, spec=spec), notes
 
     def check(self) -> None:
@@ -151,6 +165,8 @@ class Source:
         }
 
     def _sources_of(self, target: str) -> tuple[str, ...]:
+        if self.tensors:
+            return self.tensors[target]
         layer = _LAYER.match(target)
         number = layer.group(1) if layer else ""
         module, suffix = _LAYER.sub("layers.{i}.", target).rsplit(".", 1)
@@ -175,7 +191,7 @@ def open_model(folder: Path) -> Reading:
     if family is None:
         raise UnsupportedModel(
             f"{config.path}: model_type {kind!r} is not supported "
-            f"(supported: {', '.join(FAMILIES)})"
+            f"(supported: {', '.join((*FAMILIES, *VISION))})"
         )
     names = config.data.get("architectures") or [family.ARCHITECTURE]
     # Capitals aside: Phi-3.5-MoE's own file and transformers do not agree on them.
@@ -216,7 +232,8 @@ def tied_copies(spec: ModelSpec) -> dict[str, str]:
 def _num_experts(spec: ModelSpec) -> int:
     if isinstance(spec, EncoderSpec):
         return spec.num_experts
-    return spec.experts.num_experts if spec.experts is not None else 0
+    experts = spec.experts if isinstance(spec, DecoderSpec) else None
+    return 0 if experts is None else experts.num_experts
 
 
 def same_values(weights: Checkpoint, one: str, other: str) -> bool:

@@ -123,8 +123,8 @@ class VisionSpec:
         stem: ``patch``: a convolution with stride `patch_size`; ``t2t``: the tokens-to-token
             stem with performer layers (arXiv 2101.11986), whose patches are 16 pixels wide.
         prefix_tokens: rows before the patches: class token, distillation token, registers.
-        pool: logits come from the class row, from the mean of the patch rows, or are the mean of
-            the class row's and the distillation row's own heads.
+        pool: logits come from the class row, from the mean of the patch rows, from the two side by
+            side (DINOv2), or are the mean of the class row's and the distillation row's own heads.
         norm_after_pool: the final norm follows the pooling (timm's fc_norm).
         pre_norm: a layer norm before the first block.
         activation: GELU in its error-function form.
@@ -143,7 +143,7 @@ class VisionSpec:
     norm_eps: float
     prefix_tokens: int
     preprocess: Preprocess
-    pool: Literal["class", "mean", "distilled"] = "class"
+    pool: Literal["class", "mean", "class_mean", "distilled"] = "class"
     norm_after_pool: bool = False
     pre_norm: bool = False
     patch_bias: bool = True
@@ -168,7 +168,7 @@ class VisionSpec:
             problems.append(f"image_size must be a height and a width, is {self.image_size}")
         elif not problems and any(side % self.patch_size for side in self.image_size):
             problems.append(f"patches of {self.patch_size} do not tile {self.image_size}")
-        least = {"class": 1, "mean": 0, "distilled": 2}[self.pool]
+        least = {"class": 1, "mean": 0, "class_mean": 1, "distilled": 2}[self.pool]
         if self.prefix_tokens < least:
             problems.append(f"pool {self.pool!r} needs {least} prefix tokens")
         places = [spec.after_block for spec in self.exits]

@@ -83,7 +83,7 @@ def vision_tensors(spec: VisionSpec) -> list[TensorSpec]:
             matrix(f"{mlp}.up", spec.mlp_size, d)
             matrix(f"{mlp}.down", d, spec.mlp_size)
     norm("norm")
-    matrix("head", classes, d, dtype="float32")
+    matrix("head", classes, 2 * d if spec.pool == "class_mean" else d, dtype="float32")
     if spec.pool == "distilled":
         matrix("head_dist", classes, d, dtype="float32")
     for j, exit_ in enumerate(spec.exits):

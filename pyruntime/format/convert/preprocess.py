@@ -1,0 +1,117 @@
+"""preprocess.json: what a bare vision checkpoint does not say about itself."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyruntime.errors import ConversionError, FormatError
+from pyruntime.format.spec import ExitSpec, Preprocess, from_dict
+from pyruntime.format.spec.record import fits
+
+FILE_NAME = "preprocess.json"
+_NUMBERS = tuple[float, ...]
+_KINDS: dict[str, Any] = {
+    "image_size": tuple[int, ...], "mean": _NUMBERS, "std": _NUMBERS, "interpolation": str,
+    "crop_pct": float, "squash": bool, "labels": tuple[str, ...], "num_heads": int,
+    "num_classes": int, "norm_eps": float, "architecture": str, "exits": tuple[dict[str, Any], ...],
+}  # fmt: skip
+_NEEDED = ("mean", "std", "interpolation")
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What is known besides the tensors; None where it is not.
+
+    Attributes:
+        where: the file that says so.
+        image_size: height, width.
+        architecture: timm's name of the model.
+        exits: those whose tensors bear our own names (exits.0.head.weight and so on).
+    """
+
+    where: Path
+    preprocess: Preprocess
+    image_size: tuple[int, int] | None = None
+    labels: tuple[str, ...] = ()
+    num_heads: int | None = None
+    num_classes: int | None = None
+    norm_eps: float | None = None
+    architecture: str | None = None
+    exits: tuple[ExitSpec, ...] = ()
+
+
+def read_sidecar(checkpoint: Path, file: Path | None) -> Given:
+    """The JSON `file`, or by default the one beside `checkpoint`.
+
+    Raises:
+        ConversionError: there is none, or everything that is wrong with it.
+    """
+    path = file or checkpoint.with_name(FILE_NAME)
+    if not path.is_file():
+        needed = ", ".join(f'"{key}"' for key in _NEEDED)
+        raise ConversionError(
+            f"{path}: no such file; a checkpoint without a configuration needs a JSON with "
+            f'{needed}, and, where they are not the usual ones, "image_size" [height, width], '
+            '"crop_pct", "num_heads", "norm_eps", "labels"'
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise ConversionError(f"{path}: expected an object, is {type(data).__name__}")
+    return given(data, path)
+
+
+def given(data: dict[str, Any], path: Path) -> Given:
+    """The values of a preprocess.json.
+
+    Raises:
+        ConversionError: everything that is wrong with them, with `path` in front.
+    """
+    problems = []
+    for key in sorted(data.keys() - _KINDS.keys()):
+        near = difflib.get_close_matches(key, _KINDS, 1)
+        problems.append(f"unknown key {key!r}" + (f", nearest: {near[0]!r}" if near else ""))
+    problems += [f"missing key {key!r}" for key in _NEEDED if key not in data]
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in _KINDS
+    }
+    problems += [
+        f"{key} must be {getattr(_KINDS[key], '__name__', _KINDS[key])}, is {data[key]!r}"
+        for key, value in values.items()
+        if not fits(value, _KINDS[key])
+    ]
+    size = values.get("image_size")
+    if not problems and size is not None and (len(size) != 2 or min(size) < 1):
+        problems.append(f"image_size must be a height and a width, is {list(size)}")
+    if not problems and values["interpolation"] not in ("bilinear", "bicubic"):
+        problems.append(
+            f"interpolation {values['interpolation']!r} is not implemented "
+            "(must be 'bilinear' or 'bicubic')"
+        )
+    if not problems:
+        try:
+            preprocess = Preprocess(
+                values["mean"], values["std"], values["interpolation"],
+                float(values.get("crop_pct", 1.0)), values.get("squash", False),
+            )  # fmt: skip
+        except FormatError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConversionError("\n".join(f"{path}: {text}" for text in problems))
+    try:
+        exits = tuple(
+            from_dict(ExitSpec, one, f"{path}: exits[{number}]")
+            for number, one in enumerate(values.get("exits", ()))
+        )
+    except FormatError as error:
+        raise ConversionError(str(error)) from None
+    rest = ("image_size", "labels", "num_heads", "num_classes", "norm_eps", "architecture")
+    return Given(
+        path, preprocess, exits=exits, **{key: values[key] for key in rest if key in values}
+    )
