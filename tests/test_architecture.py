@@ -40,7 +40,8 @@ ALLOWED = {
 BINDINGS = {"_cpu": "ops/native/binding.py", "_cuda": "ops/cuda/kernels.py"}
 # What every module may import; any other package belongs to one module, and to the metadata.
 COMMON = {"torch", "safetensors", "pyruntime"}
-DISTRIBUTION = {"cupy": "cupy-cuda13x"}  # where it is not the name that is imported
+# The distribution of a package, where it is not the name that is imported.
+DISTRIBUTION = {"cupy": "cupy-cuda13x", "PIL": "pillow"}
 
 # csrc/<part> -> what its quoted includes may start with, in CMake's include directory csrc.
 INCLUDES = {

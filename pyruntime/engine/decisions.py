@@ -135,7 +135,8 @@ class Decisions:
     def _default_budget(self, mode: str) -> float:
         if mode != "calibrated":
             return 1.0 - self.gates.skip_ratio if self.gates else 1.0
-        return self.calibration.default_budget if self.calibration else 1.0
+        default = self.calibration.default_budget if self.calibration else None
+        return 1.0 if default is None else default
 
     def _copies(self, policy: ComputePolicy | None) -> bool:
         wanted = policy.kv_mode if policy is not None else None

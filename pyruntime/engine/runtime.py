@@ -14,7 +14,7 @@ from pyruntime.engine.breakeven import measure_break_even
 from pyruntime.engine.decisions import Decisions
 from pyruntime.errors import FormatError, InvalidInput, Unavailable
 from pyruntime.format.load import Container, read
-from pyruntime.format.spec import DecoderSpec
+from pyruntime.format.spec import DecoderSpec, VisionSpec
 from pyruntime.gates.calibration import Calibration
 from pyruntime.gates.policy import ComputePolicy
 from pyruntime.gates.routing import Router
@@ -53,9 +53,10 @@ class Runtime:
     def __init__(self, container: Container, backend_name: str | None = None) -> None:
         self.container = container
         if not isinstance(container.spec, DecoderSpec):
-            raise FormatError(
-                f"{container.path}: holds an encoder; open it with pyruntime.load_encoder"
-            )
+            kind, opener = "an encoder", "load_encoder"
+            if isinstance(container.spec, VisionSpec):
+                kind, opener = "a vision transformer", "Classifier"
+            raise FormatError(f"{container.path}: holds {kind}; open it with pyruntime.{opener}")
         self.spec = container.spec
         self.gates = container.gates
         record = container.calibration

@@ -19,30 +19,34 @@ class _Kind:
 
     Attributes:
         never: threshold that never cuts; null in the record.
-        always: threshold that cuts all that may be cut.
+        always: threshold that cuts all that may be cut, at the smallest budget; None: the grid's
+            last entry is the smallest budget as it stands.
         least: the smallest budget; None: the last one of the grid.
     """
 
     never: float
-    always: float
+    always: float | None
     least: float | None
 
 
 # A row of a gate is skipped iff its score is <= tau; a token runs its best experts until their
-# share of the k experts' scores is >= mass.
+# share of the k experts' scores is >= mass; an image leaves at an exit whose confidence reaches the
+# threshold.
 _KINDS: Mapping[str, _Kind] = MappingProxyType({
     "gateskip": _Kind(never=-torch.inf, always=torch.inf, least=0.0),
     "experts": _Kind(never=torch.inf, always=0.0, least=None),
+    "exits": _Kind(never=torch.inf, always=None, least=None),
 })  # fmt: skip
 
 
 class Calibration:
     """Thresholds of every place that may be cut over a grid of budgets (falling, 1.0 first).
 
-    The places are layers and branches of residual gates (kind "gateskip"), or expert layers (kind
-    "experts"). The grid's entry at budget 1.0 is the threshold at which cutting begins, so that
-    budgets between it and the next entry interpolate; a budget of exactly 1.0 cuts nothing, and the
-    smallest there can be (`least`) cuts all.
+    The places are layers and branches of residual gates (kind "gateskip"), expert layers (kind
+    "experts"), or exits (kind "exits"). The grid's entry at budget 1.0 is the threshold at which
+    cutting begins, so that budgets between it and the next entry interpolate; a budget of exactly
+    1.0 cuts nothing. The smallest there can be (`least`) cuts all, except of exits, where it is the
+    grid's last entry as it stands.
     """
 
     def __init__(self, record: Mapping[str, Any]) -> None:
@@ -58,13 +62,15 @@ class Calibration:
         self.thresholds = torch.tensor(_filled(tables, self._kind.never), dtype=torch.float32)
 
     @property
-    def default_budget(self) -> float:
-        """Budget of a request that names none."""
-        return float(self.record.get("default_budget", 1.0))
+    def default_budget(self) -> float | None:
+        """Budget of a request that names none; None: the checkpoint's own rule (exits alone)."""
+        budget = self.record.get("default_budget", 1.0)
+        return None if budget is None else float(budget)
 
     @property
     def least(self) -> float:
-        """The smallest budget: no branch of a gated model, one of a token's k experts (1 / k)."""
+        """The smallest budget: no branch of a gated model, one of a token's k experts (1 / k), the
+        grid's last one of exits."""
         return self.budgets[-1] if self._kind.least is None else self._kind.least
 
     def tau(self, budget: float) -> Tensor:
@@ -84,6 +90,14 @@ class Calibration:
         """
         return self._at(budget)
 
+    def confidence(self, budget: float) -> Tensor:
+        """Thresholds of exits, float32 [G], on the confidence of each; inf: no image leaves.
+
+        Raises:
+            InvalidInput: the budget lies where the record holds nothing to interpolate.
+        """
+        return self._at(budget)
+
     def _at(self, budget: float) -> Tensor:
         never, last = self._kind.never, self.thresholds[-1]
         if budget >= 1.0:
@@ -91,7 +105,8 @@ class Calibration:
         if budget < self.least:
             raise InvalidInput(f"budget {budget}: the smallest of this model is {self.least:g}")
         if budget == self.least:
-            return torch.where(last == never, last, self._kind.always)
+            always = self._kind.always
+            return last.clone() if always is None else torch.where(last == never, last, always)
         if not self.budgets[-1] <= budget <= self.budgets[0]:
             raise InvalidInput(
                 f"budget {budget}: thresholds are stored from {self.budgets[0]} to "

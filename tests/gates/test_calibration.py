@@ -117,5 +117,21 @@ def test_a_budget_below_one_expert_is_refused() -> None:
 
 
 def test_a_record_of_another_kind_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="kind 'exits' is not one of gateskip, experts"):
-        Calibration(record(kind="exits"))
+    with pytest.raises(InvalidInput, match="kind 'other' is not one of gateskip, experts, exits"):
+        Calibration(record(kind="other"))
+
+
+def test_exits() -> None:
+    """Null is never; the smallest budget is the last entry as it stands; no default budget."""
+    exits = Calibration({
+        "kind": "exits",
+        "budgets": [1.0, 0.8, 0.5],
+        "thresholds": [[0.9, None], [0.7, None], [0.3, None]],
+        "default_budget": None,
+    })  # fmt: skip
+    assert exits.default_budget is None and exits.least == 0.5
+    for budget, expected in {1.0: torch.inf, 0.9: 0.8, 0.8: 0.7, 0.65: 0.5, 0.5: 0.3}.items():
+        first, second = exits.confidence(budget).tolist()
+        assert first == pytest.approx(expected) and second == torch.inf
+    with pytest.raises(InvalidInput, match=r"smallest of this model is 0\.5"):
+        exits.confidence(0.4)
