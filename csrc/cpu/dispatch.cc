@@ -12,7 +12,7 @@ namespace {
 #define PYRT_KERNELS(isa)                                                                \
   Kernels {                                                                              \
     #isa, isa::choose_topk, isa::combine, isa::segment_matmul, isa::rms_norm, isa::gate, \
-        isa::append, isa::rotate, isa::attention                                         \
+        isa::append, isa::rotate, isa::attention, isa::attention_varlen                  \
   }
 
 struct Build {

@@ -3,16 +3,17 @@
 
 #include "ops.h"
 
-#define PYRT_DECLARE(isa)                 \
-  namespace pyrt::isa {                   \
-  void choose_topk(const TopKArgs&);      \
-  void combine(const CombineArgs&);       \
-  void segment_matmul(const MatmulArgs&); \
-  void rms_norm(const NormArgs&);         \
-  void gate(const GateArgs&);             \
-  void append(const AppendArgs&);         \
-  void rotate(const RotateArgs&);         \
-  void attention(const AttentionArgs&);   \
+#define PYRT_DECLARE(isa)                   \
+  namespace pyrt::isa {                     \
+  void choose_topk(const TopKArgs&);        \
+  void combine(const CombineArgs&);         \
+  void segment_matmul(const MatmulArgs&);   \
+  void rms_norm(const NormArgs&);           \
+  void gate(const GateArgs&);               \
+  void append(const AppendArgs&);           \
+  void rotate(const RotateArgs&);           \
+  void attention(const AttentionArgs&);     \
+  void attention_varlen(const VarlenArgs&); \
   }
 
 PYRT_DECLARE(portable)

@@ -17,6 +17,7 @@ COMPILED_PER_SET = (
     "test_quantize.py",
     "test_norm.py",
     "test_attention.py",
+    "test_attention_varlen.py",
     "test_batch_invariance.py",
     "test_topk.py",
 )

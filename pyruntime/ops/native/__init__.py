@@ -10,10 +10,12 @@ from pyruntime.ops.native.binding import isa
 from pyruntime.ops.native.compute import gate, rms_norm, segment_matmul
 from pyruntime.ops.native.move import combine, compact, gather
 from pyruntime.ops.native.plan import plan_partition, plan_threshold, plan_topk, quantile
+from pyruntime.ops.native.varlen import attention_varlen
 
 __all__ = [
     "append",
     "attention",
+    "attention_varlen",
     "combine",
     "compact",
     "gate",

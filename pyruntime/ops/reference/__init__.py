@@ -9,11 +9,13 @@ from pyruntime.ops.reference.attention import BLOCK, append, attention, read_cac
 from pyruntime.ops.reference.compute import gate, rms_norm, segment_matmul
 from pyruntime.ops.reference.move import combine, compact, gather
 from pyruntime.ops.reference.plan import plan_partition, plan_threshold, plan_topk, quantile
+from pyruntime.ops.reference.varlen import attention_varlen
 
 __all__ = [
     "BLOCK",
     "append",
     "attention",
+    "attention_varlen",
     "combine",
     "compact",
     "gate",
