@@ -181,6 +181,22 @@ struct AttentionArgs {
   DType dtype;
 };
 
+// Attention inside ragged sequences of rows: a query sees all keys of its sequence and no others.
+// Sequences have as many queries and keys as they like; one without keys answers zeros.
+struct VarlenArgs {
+  const void* q;          // [Tq, heads * D], rows q_stride elements apart
+  const void* k;          // [Tk, heads * D]
+  const void* v;          // [Tk, heads * D]
+  const int32_t* cu_q;    // [count + 1] from 0 to Tq, never falling
+  const int32_t* cu_k;    // [count + 1] from 0 to Tk
+  const float* key_bias;  // [Tk] or null: added to every score of the key
+  void* out;              // [Tq, heads * D]
+  int64_t count, heads, head_dim;
+  int64_t q_stride, k_stride, v_stride;
+  float scale;
+  DType dtype;
+};
+
 constexpr int64_t kBlock = 32;    // tokens of one cache block
 constexpr int64_t kHeadPad = 32;  // head_dim is padded to a multiple of this in the cache
 
@@ -245,6 +261,7 @@ struct Kernels {
   void (*attention)(const AttentionArgs&);
   // Returns how many rows continue, or -1 - n for the first class row that x does not have.
   int64_t (*plan_exit)(const ExitArgs&);
+  void (*attention_varlen)(const VarlenArgs&);
 };
 
 // The widest set this processor has, or the one PYRUNTIME_CPU_ISA names (portable, avx2, avx512,

@@ -24,6 +24,13 @@ PlanView view(Address rows, Address offsets, Address weights, Address inverse, i
           segments,           kept};
 }
 
+// Whether boundaries [count + 1] cut [0, rows) into sequences.
+bool cuts(const int32_t* boundaries, int64_t count, int64_t rows) {
+  for (int64_t i = 0; i < count; ++i)
+    if (boundaries[i] > boundaries[i + 1]) return false;
+  return boundaries[0] == 0 && boundaries[count] == rows;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -241,4 +248,31 @@ PYBIND11_MODULE(_cpu, m) {
           py::gil_scoped_release unlocked;
           return kernels().plan_exit(args);
         });
+  // Returns "", or the name of the boundaries that do not cut their rows: nothing was computed
+  // then.
+  m.def("attention_varlen", [](Address q, Address k, Address v, Address cu_q, Address cu_k,
+                               Address key_bias, Address out, int64_t queries, int64_t keys,
+                               int64_t count, int64_t heads, int64_t head_dim, int64_t q_stride,
+                               int64_t k_stride, int64_t v_stride, float scale, int dtype) {
+    if (!cuts(at<int32_t>(cu_q), count, queries)) return "cu_q";
+    if (!cuts(at<int32_t>(cu_k), count, keys)) return "cu_k";
+    const VarlenArgs args{at<void>(q),
+                          at<void>(k),
+                          at<void>(v),
+                          at<int32_t>(cu_q),
+                          at<int32_t>(cu_k),
+                          at<float>(key_bias),
+                          at<void>(out),
+                          count,
+                          heads,
+                          head_dim,
+                          q_stride,
+                          k_stride,
+                          v_stride,
+                          scale,
+                          DType(dtype)};
+    py::gil_scoped_release unlocked;
+    kernels().attention_varlen(args);
+    return "";
+  });
 }

@@ -33,7 +33,11 @@ constexpr int kTileRows = 3;
 constexpr int kTileRows = 2;
 #endif
 
-inline f32x16 splat(float value) { return f32x16{} + value; }
+// Lane by lane, which is one broadcast; zeros plus the value would be an addition each time.
+inline f32x16 splat(float value) {
+  return f32x16{value, value, value, value, value, value, value, value,
+                value, value, value, value, value, value, value, value};
+}
 
 template <class V>
 inline V load_as(const void* p) {

@@ -23,6 +23,7 @@ __all__ = [
     "ExitRule",
     "TopK",
     "Weight",
+    "attention_varlen",
     "backend",
     "combine",
     "compact",
@@ -151,3 +152,18 @@ def segment_matmul(
             alpha=alpha, limit=limit, out=out, accumulate=accumulate,
         ),
     )  # fmt: skip
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    heads: int,
+    scale: float,
+    key_bias: Tensor | None = None,
+) -> Tensor:
+    """See `pyruntime.ops.reference.attention_varlen`."""
+    ops = backend(q.device)
+    return cast(Tensor, ops.attention_varlen(q, k, v, cu_q, cu_k, heads, scale, key_bias))

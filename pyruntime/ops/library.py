@@ -272,5 +272,21 @@ def segment_matmul(
     return _pad(out, capacity)
 
 
+@_op(lambda q, *_, **__: torch.empty_like(q, memory_format=torch.contiguous_format))
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    heads: int,
+    scale: float,
+    key_bias: Tensor | None = None,
+) -> Tensor:
+    """[Tq, heads * D]; see `pyruntime.ops.reference.attention_varlen`."""
+    bias = None if key_bias is None else key_bias.contiguous()
+    return ops.attention_varlen(q, k, v, cu_q, cu_k, heads, scale, bias)
+
+
 # Registered in files of their own, with what is defined above.
 from pyruntime.ops import library_exit  # noqa: E402, F401

@@ -19,6 +19,7 @@ COMPILED_PER_SET = (
     "test_layer_norm.py",
     "test_patches.py",
     "test_attention.py",
+    "test_attention_varlen.py",
     "test_batch_invariance.py",
     "test_topk.py",
     "test_exit.py",

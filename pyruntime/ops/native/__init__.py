@@ -13,10 +13,12 @@ from pyruntime.ops.native.move import combine, compact, gather
 from pyruntime.ops.native.norm import gate, layer_norm, rms_norm
 from pyruntime.ops.native.patches import patches
 from pyruntime.ops.native.plan import plan_partition, plan_threshold, plan_topk, quantile
+from pyruntime.ops.native.varlen import attention_varlen
 
 __all__ = [
     "append",
     "attention",
+    "attention_varlen",
     "combine",
     "compact",
     "gate",

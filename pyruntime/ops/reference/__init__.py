@@ -12,11 +12,13 @@ from pyruntime.ops.reference.move import combine, compact, gather
 from pyruntime.ops.reference.norm import gate, layer_norm, rms_norm
 from pyruntime.ops.reference.patches import patches
 from pyruntime.ops.reference.plan import plan_partition, plan_threshold, plan_topk, quantile
+from pyruntime.ops.reference.varlen import attention_varlen
 
 __all__ = [
     "BLOCK",
     "append",
     "attention",
+    "attention_varlen",
     "combine",
     "compact",
     "gate",
