@@ -7,14 +7,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pyruntime.cli.bar import progress_bar
 from pyruntime.errors import InvalidInput, Unavailable
-
-if TYPE_CHECKING:
-    from pyruntime.engine.runtime import Runtime
-    from pyruntime.profile.data import Corpus
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -28,6 +23,10 @@ def convert(args: argparse.Namespace) -> int:
             quantize=args.quantize,
             base=args.base,
             sidecar=args.sidecar,
+            preprocess=args.preprocess,
+            heads=args.heads,
+            exit=args.exit,
+            width_rule=args.width_rule,
             dry_run=args.dry_run,
             overwrite=args.overwrite,
             progress=progress,
@@ -49,59 +48,22 @@ def generate(args: argparse.Namespace) -> int:
     return generate(args)
 
 
-def calibrate(args: argparse.Namespace) -> int:
-    from pyruntime.engine.runtime import load
-    from pyruntime.format.load import write_calibration
-    from pyruntime.profile.calibrate import calibrate
+def classify(args: argparse.Namespace) -> int:
+    from pyruntime.cli.classify import classify
 
-    runtime = load(args.model)
-    with progress_bar("calibrating") as progress:
-        found = calibrate(
-            runtime,
-            _corpus(args, runtime),
-            default_budget=args.default_budget,
-            max_drop=args.max_drop,
-            progress=progress,
-        )
-    write_calibration(args.model, found.record)
-    print("budget   kept  accuracy")
-    for budget, kept, quality in zip(
-        found.record["budgets"], found.record["kept"], found.qualities, strict=True
-    ):
-        chosen = "  default" if budget == found.record["default_budget"] else ""
-        print(f"{budget:6.2f}  {kept:5.3f}  {quality.accuracy:8.2%}{chosen}")
-    print(
-        f"{args.model}: calibrated on {found.record['tokens']} tokens, default budget "
-        f"{found.record['default_budget']:g}"
-    )
-    return 0
+    return classify(args)
+
+
+def calibrate(args: argparse.Namespace) -> int:
+    from pyruntime.cli.measure import calibrate
+
+    return calibrate(args)
 
 
 def profile(args: argparse.Namespace) -> int:
-    from pyruntime.cli import policies
-    from pyruntime.engine.runtime import load
-    from pyruntime.profile import report
-    from pyruntime.profile.sweep import sweep
+    from pyruntime.cli.measure import profile
 
-    axis, values = policies.sweep(args.sweep)
-    runtime = load(args.model)
-    with progress_bar("profiling") as progress:
-        result = sweep(
-            runtime,
-            _corpus(args, runtime),
-            values,
-            args.mode.split(","),
-            axis=axis,
-            call_tokens=args.call_tokens,
-            repeats=args.repeats,
-            progress=progress,
-        )
-    print(report.text(result))
-    for path, render in ((args.json, report.to_json), (args.html, report.to_html)):
-        if path is not None:
-            path.write_text(render(result), encoding="utf-8")
-            print(f"wrote {path}")
-    return 0
+    return profile(args)
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -148,19 +110,3 @@ def doctor(args: argparse.Namespace) -> int:
 
     print(report())
     return 0
-
-
-def _corpus(args: argparse.Namespace, runtime: Runtime) -> Corpus:
-    from pyruntime.profile.data import read_corpus
-
-    longest = runtime.spec.max_positions
-    length = min(512, longest) if args.length is None else args.length
-    if length > longest:
-        raise InvalidInput(f"--length {length}: the context of this model holds {longest}")
-    return read_corpus(
-        args.data,
-        runtime.tokenizer,
-        vocab_size=runtime.spec.vocab_size,
-        length=length,
-        limit=args.tokens,
-    )

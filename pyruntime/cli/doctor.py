@@ -15,7 +15,7 @@ import torch
 
 import pyruntime
 from pyruntime.errors import PyRuntimeError
-from pyruntime.profile.sweep import processor
+from pyruntime.profile.timing import processor
 
 _OPENMP = ("libgomp", "libomp", "libiomp")
 _OPTIONAL = (

@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     _convert(add("convert", help="trained checkpoint to runtime folder"))
     _inspect(add("inspect", help="what a runtime folder holds"))
     _generate(add("generate", help="continue a prompt, shaded by the compute each token used"))
+    _classify(add("classify", help="what images show, and the compute each of them used"))
     _calibrate(add("calibrate", help="thresholds per budget, and the default budget"))
     _profile(add("profile", help="accuracy, exact work and measured time over policies"))
     _serve(add("serve", help="OpenAI-compatible HTTP server"))
@@ -32,12 +33,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _convert(p: argparse.ArgumentParser) -> None:
-    p.add_argument("src", type=Path, help="Hugging Face folder, or GateSkip state dict")
+    p.add_argument("src", type=Path, help="Hugging Face or timm folder, or a state dict")
     p.add_argument("dst", type=Path, help="folder to write")
     p.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     p.add_argument("--quantize", choices=("int8",), help="matrices as int8, a scale per channel")
     p.add_argument("--base", type=Path, help="folder of the base model (config and tokenizer)")
     p.add_argument("--sidecar", type=Path, help="JSON that describes the gates")
+    p.add_argument("--preprocess", type=Path, help="JSON: how images are brought to a vision model")
+    p.add_argument("--heads", type=Path, help="folder of JEI-DNN's warm-up heads ({block}.pth)")
+    p.add_argument(
+        "--exit", metavar="CRITERION[:THRESHOLD]", help="instead of the checkpoint's own"
+    )
+    p.add_argument("--width-rule", choices=("paper", "official", "kminus"), help="adaptive width")
     p.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
     p.add_argument("--overwrite", action="store_true", help="replace an existing runtime folder")
     p.set_defaults(run=commands.convert)
@@ -67,9 +74,24 @@ def _generate(p: argparse.ArgumentParser) -> None:
     p.set_defaults(run=commands.generate)
 
 
+def _classify(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", type=Path)
+    p.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
+    chosen = p.add_mutually_exclusive_group()
+    chosen.add_argument("--budget", type=float, help="share of the model to run, in [0, 1]")
+    chosen.add_argument(
+        "--exit",
+        help="when images leave early: never, a threshold of the confidence, level=J (at exit J at "
+        "the latest, counted from 0), tau=X (JEI-DNN gates)",
+    )
+    p.add_argument("--top", type=int, default=5, help="classes shown for each image")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=commands.classify)
+
+
 def _calibrate(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", type=Path)
-    _data(p, tokens=16384)
+    _data(p)
     default = p.add_mutually_exclusive_group()
     default.add_argument(
         "--max-drop",
@@ -83,15 +105,16 @@ def _calibrate(p: argparse.ArgumentParser) -> None:
 
 def _profile(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", type=Path)
-    _data(p, tokens=16384)
+    _data(p)
     p.add_argument(
         "--sweep",
         default="budget=1.0,0.9,0.8,0.7,0.6,0.5",
         metavar="budget=B,…",
-        help="what to vary: budget=…, or in expert layers experts=…, gap=… or mass=…",
+        help="what to vary: budget=…, in expert layers experts=…, gap=… or mass=…, of early exits "
+        "exit=…, tau=… or level=…",
     )
-    p.add_argument("--mode", default="calibrated", metavar="MODE,…", help=", ".join(_MODES))
-    p.add_argument("--call-tokens", type=int, default=2048, help="tokens prefilled in one call")
+    p.add_argument("--mode", metavar="MODE,…", help=", ".join(_MODES))
+    p.add_argument("--call-tokens", type=int, help="tokens prefilled in one call (2048)")
     p.add_argument("--repeats", type=int, default=7, help="timed runs of each row")
     p.add_argument("--json", type=Path, metavar="FILE")
     p.add_argument("--html", type=Path, metavar="FILE")
@@ -118,14 +141,17 @@ def _bench(p: argparse.ArgumentParser) -> None:
     p.set_defaults(run=commands.bench)
 
 
-def _data(p: argparse.ArgumentParser, tokens: int) -> None:
+def _data(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--data",
         type=Path,
         nargs="+",
         required=True,
         metavar="PATH",
-        help='.txt, .py, .md, .jsonl (lines with "text" or "token_ids") or folders of them',
+        help='.txt, .py, .md, .jsonl (lines with "text" or "token_ids") or folders of them; for a '
+        "vision model a folder with one for each class, or a .npz file of images and labels",
     )
-    p.add_argument("--tokens", type=int, default=tokens, help="about how many tokens to use")
+    p.add_argument("--tokens", type=int, help="about how many tokens to use (16384)")
     p.add_argument("--length", type=int, help="longest sequence, in tokens; by default at most 512")
+    p.add_argument("--samples", type=int, help="how many images to use; all by default")
+    p.add_argument("--batch", type=int, help="images of one call (8)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyruntime.errors import InvalidInput
-from pyruntime.gates.policy import ExpertPolicy
+from pyruntime.gates.policy import ExitPolicy, ExpertPolicy
 
 
 def experts(text: str) -> ExpertPolicy:
@@ -18,10 +18,27 @@ def experts(text: str) -> ExpertPolicy:
     return ExpertPolicy.of(limits)
 
 
+def exits(text: str) -> ExitPolicy:
+    """`never`, a threshold, or fields such as `level=2` or `tau=0.7,level=4`."""
+    option = f"--exit: expected never, a number or threshold=, tau=, level= fields, got {text!r}"
+    if text == "never":
+        return ExitPolicy(never=True)
+    if "=" not in text:
+        return ExitPolicy.of(_number(text, option))
+    fields: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        fields[name.strip()] = _number(value, option)
+    return ExitPolicy.of(fields)
+
+
 def sweep(text: str) -> tuple[str, list[float]]:
-    """Axis and values of `budget=1.0,0.9`, `experts=2,1`, `gap=0.1,0.3` or `mass=0.9,0.8`."""
+    """Axis and values of `budget=1.0,0.9`, `experts=2,1`, `exit=0.5,0.9` and the like."""
     axis, _, values = text.partition("=")
-    option = f"--sweep: expected budget=, experts=, gap= or mass= and numbers, got {text!r}"
+    option = (
+        "--sweep: expected budget=, experts=, gap=, mass=, exit=, tau= or level= and numbers, got "
+        f"{text!r}"
+    )
     return axis, [_number(value, option) for value in values.split(",")]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyruntime.errors import InvalidInput
 from pyruntime.gates.exit import ExitState
-from pyruntime.layers.layer_norm import LayerNorm
+from pyruntime.layers.norm import LayerNorm
 from pyruntime.layers.packed import Packed
 from pyruntime.layers.residual import Linear
 from pyruntime.ops.exit import ExitHead, ExitRule

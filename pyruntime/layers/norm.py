@@ -1,16 +1,39 @@
-"""Norms: root-mean-square, or centred with a bias (layer norm)."""
+"""Norms: layer norm, and the one of a decoder, which may be a root-mean-square norm."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+
+class LayerNorm(NamedTuple):
+    """Weight and bias float32 [H], and what is added to the variance."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def __call__(
+        self,
+        ops: ModuleType,
+        x: Tensor,
+        rows: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Norm of x [N, H], or of its `rows` int32 [R] alone, in `out_dtype` (x's by default)."""
+        normed: Tensor = ops.layer_norm(
+            x, self.weight, self.bias, self.eps, rows=rows, out_dtype=out_dtype
+        )
+        return normed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Norm:
-    """One norm.
+    """The norm of a residual branch, which may read a gate's score on the way.
 
     Attributes:
         weight: float32 [d].
@@ -29,4 +52,4 @@ class Norm:
         if self.bias is None:
             normed, scores = ops.rms_norm(x, self.weight, self.eps, probe, probe_bias)
             return normed, scores
-        return ops.layer_norm(x, self.weight, self.bias, self.eps), None
+        return LayerNorm(self.weight, self.bias, self.eps)(ops, x), None

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from pyruntime.layers.layer_norm import LayerNorm
+from pyruntime.layers.norm import LayerNorm
 from pyruntime.layers.residual import Linear
 from pyruntime.ops.weight import Weight
 

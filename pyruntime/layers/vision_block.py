@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyruntime.layers.adaptive import Adaptive, Meter
-from pyruntime.layers.layer_norm import LayerNorm
+from pyruntime.layers.norm import LayerNorm
 from pyruntime.layers.output_rows import output_rows
 from pyruntime.layers.residual import Linear
 

@@ -15,8 +15,8 @@ from pyruntime.gates.experts.logits import Linear as Logits
 from pyruntime.gates.width import WidthGate
 from pyruntime.layers.adaptive import Adaptive
 from pyruntime.layers.exit_head import Ensemble, VisionExit, constant_head
-from pyruntime.layers.layer_norm import LayerNorm
 from pyruntime.layers.mlp import FeedForward
+from pyruntime.layers.norm import LayerNorm
 from pyruntime.layers.output_rows import output_rows
 from pyruntime.layers.patch_embed import PatchEmbed
 from pyruntime.layers.residual import Linear

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -12,10 +12,17 @@ from pyruntime.engine.runtime import Runtime
 from pyruntime.errors import InvalidInput
 from pyruntime.gates.policy import ComputePolicy
 from pyruntime.profile.data import Corpus
-from pyruntime.profile.measure import Progress, Quality, Ticker, calls_of, evaluate
+from pyruntime.profile.measure import Progress, Ticker, calls_of, evaluate
 from pyruntime.profile.thresholds import thresholds_of
 
 MIN_TOKENS = 64
+
+
+class Scored(Protocol):
+    """What a budget yields."""
+
+    @property
+    def accuracy(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +30,7 @@ class Calibrated:
     """A calibration record for `format.load.write_calibration`, and the quality at its budgets."""
 
     record: dict[str, Any]
-    qualities: list[Quality]
+    qualities: Sequence[Scored]
 
 
 def calibrate(
@@ -98,7 +105,7 @@ def calibrate(
 
 
 def cheapest_within(
-    max_drop: float, budgets: Sequence[float], qualities: Sequence[Quality]
+    max_drop: float, budgets: Sequence[float], qualities: Sequence[Scored]
 ) -> float:
     """The smallest budget whose accuracy is at most `max_drop` below the first one's."""
     floor = qualities[0].accuracy - max_drop

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import platform
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
+from typing import Any
 
-import torch
-
-import pyruntime
 from pyruntime.engine.runtime import Runtime
 from pyruntime.errors import InvalidInput
 from pyruntime.gates.policy import CAUSAL_MODES, ComputePolicy, ExpertPolicy
+from pyruntime.profile import sweep_page
 from pyruntime.profile.data import Corpus
 from pyruntime.profile.measure import (
     Call,
@@ -26,58 +23,25 @@ from pyruntime.profile.measure import (
     time_prefill,
     trace_of,
 )
+from pyruntime.profile.page import Page
+from pyruntime.profile.timing import Timed, alternate, machine
 
 # What can be swept: the budget, or one limit on the experts of a token.
 AXES = ("budget", "experts", "gap", "mass")
-# Below this share of saved work the denominator of the realised fraction is mostly noise.
-_LEAST_SAVED = 0.01
-
-
-@dataclass(frozen=True, slots=True)
-class Prefill:
-    """Timed prefill of the first call. Seconds are medians of alternating runs.
-
-    Attributes:
-        seconds: of this row's policy.
-        dense_seconds: of the dense model, from the runs that alternated with these.
-        macs_executed: multiply-accumulates of the timed call, counted from its plans.
-        macs_dense: those of the dense model on it.
-    """
-
-    seconds: float
-    dense_seconds: float
-    macs_executed: int
-    macs_dense: int
-
-    @property
-    def macs_saved(self) -> float:
-        """Share of the dense work that was not executed; negative when gates cost more."""
-        return 1.0 - self.macs_executed / self.macs_dense
-
-    @property
-    def time_saved(self) -> float:
-        """Share of the dense time that was not spent."""
-        return 1.0 - self.seconds / self.dense_seconds
-
-    @property
-    def realised(self) -> float | None:
-        """Time saved over the time that the saved work would be worth; None without savings."""
-        saved = self.macs_saved
-        return self.time_saved / saved if saved >= _LEAST_SAVED else None
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One policy, by its value on the axis of the sweep; None is the dense model.
 
-    `causal`: later tokens change nothing.
+    `causal`: later tokens change nothing. `prefill` is that of the first call.
     """
 
     value: float | None
     mode: str
     causal: bool
     quality: Quality
-    prefill: Prefill
+    prefill: Timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +59,14 @@ class Report:
     rows: list[Row]
     setting: dict[str, str | int | float]
     noise: float
+
+    def page(self) -> Page:
+        """See `Reported`."""
+        return sweep_page.page(self)
+
+    def plain(self) -> dict[str, Any]:
+        """See `Reported`."""
+        return sweep_page.plain(self)
 
 
 def sweep(
@@ -134,22 +106,21 @@ def sweep(
     everything = ComputePolicy()
     dense_quality = evaluate(whole, calls, everything, tick)
     qualities = [evaluate(runtime, calls, policy, tick) for policy in policies]
-    dense_times, times = _alternate(runtime, whole, calls[0], policies, repeats, tick)
-
-    median = statistics.median
-    every = [time for some in dense_times for time in some]
-    usual = median(every)
-    low, _, high = statistics.quantiles(every, n=4) if len(every) > 1 else (usual,) * 3
-    executed = _executed(whole, calls[0], everything)
-    rows = [Row(None, "dense", True, dense_quality, Prefill(usual, usual, *executed))]
+    first, cache = calls[0], calls[0].cache()
+    clock = alternate(
+        lambda: time_prefill(whole, first, everything, cache),
+        [partial(time_prefill, runtime, first, policy, cache) for policy in policies],
+        repeats,
+        tick,
+    )
+    dense = Timed(clock.usual, clock.usual, *_executed(whole, first, everything))
+    rows = [Row(None, "dense", True, dense_quality, dense)]
     swept = [value for _ in modes for value in values]
-    for policy, value, quality, dense, own in zip(
-        policies, swept, qualities, dense_times, times, strict=True
-    ):
-        prefill = Prefill(median(own), median(dense), *_executed(runtime, calls[0], policy))
+    for i, (policy, value, quality) in enumerate(zip(policies, swept, qualities, strict=True)):
         mode, _ = runtime.resolve(policy)
+        prefill = clock.timed(i, *_executed(runtime, first, policy))
         rows.append(Row(value, mode, mode in CAUSAL_MODES, quality, prefill))
-    return Report(axis, rows, _setting(runtime, corpus, calls, repeats), (high - low) / usual)
+    return Report(axis, rows, _setting(runtime, corpus, calls, repeats), clock.noise)
 
 
 def _policy(axis: str, value: float, mode: str) -> ComputePolicy:
@@ -159,27 +130,6 @@ def _policy(axis: str, value: float, mode: str) -> ComputePolicy:
         return ComputePolicy(budget=value, mode=mode)
     limit = {"slots" if axis == "experts" else axis: value}
     return ComputePolicy(budget=1.0, mode=mode, experts=ExpertPolicy.of(limit))
-
-
-def _alternate(
-    runtime: Runtime,
-    whole: Runtime,
-    call: Call,
-    policies: Sequence[ComputePolicy],
-    repeats: int,
-    tick: Ticker,
-) -> tuple[list[list[float]], list[list[float]]]:
-    """Seconds of the dense model and of each policy: [policies][repeats], measured in turn."""
-    cache, everything = call.cache(), ComputePolicy()
-    dense: list[list[float]] = [[] for _ in policies]
-    own: list[list[float]] = [[] for _ in policies]
-    time_prefill(whole, call, everything, cache)
-    for _ in range(repeats):
-        for i, policy in enumerate(policies):
-            dense[i].append(time_prefill(whole, call, everything, cache))
-            own[i].append(time_prefill(runtime, call, policy, cache))
-            tick()
-    return dense, own
 
 
 def _executed(runtime: Runtime, call: Call, policy: ComputePolicy) -> tuple[int, int]:
@@ -192,8 +142,6 @@ def _executed(runtime: Runtime, call: Call, policy: ComputePolicy) -> tuple[int,
 def _setting(
     runtime: Runtime, corpus: Corpus, calls: Sequence[Call], repeats: int
 ) -> dict[str, str | int | float]:
-    ops = runtime.model.ops
-    name = ops.__name__.rpartition(".")[2]
     return {
         "model": str(runtime.container.path),
         "dtype": runtime.spec.dtype,
@@ -204,19 +152,5 @@ def _setting(
         "timed_tokens": calls[0].batch.num_rows,
         "repeats": repeats,
         "packed_below": runtime.decisions.packed_below,
-        "backend": f"{name} ({ops.isa()})" if name == "native" else name,
-        "threads": torch.get_num_threads(),
-        "processor": processor(),
-        "pyruntime": pyruntime.__version__,
-        "torch": str(torch.__version__),
+        **machine(runtime.model.ops),
     }
-
-
-def processor() -> str:
-    """The processor's name as Linux tells it, else as Python does."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -17,7 +17,8 @@ from pyruntime.profile import report
 from pyruntime.profile.calibrate import calibrate
 from pyruntime.profile.data import Corpus
 from pyruntime.profile.measure import Call, Ticker, calls_of, evaluate
-from pyruntime.profile.sweep import Prefill, Report, sweep
+from pyruntime.profile.sweep import Report, sweep
+from pyruntime.profile.timing import Timed
 from tests.profile.models import gated, ungated
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,10 +108,10 @@ def test_quality_is_that_of_the_logits(runtime: Runtime) -> None:
 
 
 def test_the_realised_fraction() -> None:
-    prefill = Prefill(seconds=0.7, dense_seconds=1.0, macs_executed=60, macs_dense=100)
+    prefill = Timed(seconds=0.7, dense_seconds=1.0, macs_executed=60, macs_dense=100)
     assert prefill.time_saved == pytest.approx(0.3)
     assert prefill.realised == pytest.approx(0.3 / 0.4)
-    assert Prefill(1.1, 1.0, 101, 100).realised is None
+    assert Timed(1.1, 1.0, 101, 100).realised is None
 
 
 def test_reports(result: Report) -> None:

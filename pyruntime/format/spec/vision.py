@@ -20,7 +20,7 @@ class Preprocess:
         mean, std: of pixels in [0, 1], one number per channel.
         interpolation: of the resize.
         crop: share of the resized image that the centre crop keeps: the shorter side is resized to
-            round(side / crop) first. 1.0 with `squash` resizes to the exact size instead.
+            floor(side / crop) first, as in timm.
         squash: ignore the aspect ratio.
     """
 

@@ -1,0 +1,174 @@
+"""Exit policies against the model without exits: accuracy, exact work and measured time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from pyruntime.engine.images import Preprocessor
+from pyruntime.engine.vision import VisionRuntime
+from pyruntime.errors import InvalidInput
+from pyruntime.gates.policy import ComputePolicy, ExitPolicy
+from pyruntime.profile import exit_page
+from pyruntime.profile.exit_quality import ExitQuality, Tally
+from pyruntime.profile.image_data import ImageSet
+from pyruntime.profile.measure import Progress, Ticker
+from pyruntime.profile.page import Page
+from pyruntime.profile.timing import Timed, alternate, machine
+
+# What can be swept: the budget, or one field of an exit policy.
+EXIT_AXES = ("budget", "exit", "tau", "level")
+_TIMED_IMAGES = 32  # at least, where there are that many: a single batch is no fair sample
+
+
+@dataclass(frozen=True, slots=True)
+class ExitRow:
+    """One policy.
+
+    Attributes:
+        rule: "dense" (the model without exits), "own" (the checkpoint's rule), or the axis.
+        value: on the axis, or None.
+        timed: of the timed images, whose work is counted up to where they left.
+    """
+
+    rule: str
+    value: float | None
+    quality: ExitQuality
+    timed: Timed
+
+
+@dataclass(frozen=True, slots=True)
+class ExitReport:
+    """A sweep.
+
+    Attributes:
+        axis: what was varied, one of EXIT_AXES.
+        rows: the dense model, the checkpoint's own rule, then every value.
+        setting: what was measured on what, plain JSON values.
+        noise: see `Clock.noise`.
+    """
+
+    axis: str
+    rows: Sequence[ExitRow]
+    setting: dict[str, str | int | float]
+    noise: float
+
+    def page(self) -> Page:
+        """See `Reported`."""
+        return exit_page.page(self)
+
+    def plain(self) -> dict[str, Any]:
+        """See `Reported`."""
+        return exit_page.plain(self)
+
+
+def sweep_exits(
+    runtime: VisionRuntime,
+    data: ImageSet,
+    values: Sequence[float],
+    *,
+    axis: str = "budget",
+    batch: int = 8,
+    repeats: int = 7,
+    progress: Progress | None = None,
+) -> ExitReport:
+    """The checkpoint's own rule and every value, against the backbone alone.
+
+    Accuracy and work are of all images, counted up to where each left. Time is of some batches of
+    `batch` images, run by the same code in turn with the backbone (A B A B …); there the images
+    that have left may be carried on, where moving the others would have taken longer.
+
+    Args:
+        values: budgets, thresholds, taus or levels, as `axis` says; see `ExitPolicy`.
+
+    Raises:
+        InvalidInput: a policy the model cannot honour, before anything runs; an image that cannot
+            be used.
+    """
+    if not runtime.spec.exits:
+        raise InvalidInput("this model has no exits: there is nothing to sweep")
+    if not values:
+        raise InvalidInput(f"a sweep needs at least one {axis}")
+    for name, number in (("repeats", repeats), ("batch", batch)):
+        if number < 1:
+            raise InvalidInput(f"{name} must be at least 1, got {number}")
+    policies = [_policy(axis, value) for value in values]
+    for policy in policies:
+        runtime.resolve(policy)
+    # Without the calibration's default budget.
+    own = VisionRuntime(replace(runtime.container, calibration=None))
+    arms = [(own, ComputePolicy()), *((runtime, policy) for policy in policies)]
+
+    preprocess = Preprocessor(runtime.spec.preprocess, runtime.spec.image_size)
+    parts = data.deal(batch)
+    tick = Ticker(len(parts) + repeats * len(arms), progress)
+    dense, tallies = Tally(runtime), [Tally(runtime) for _ in arms]
+    clocked: list[Tensor] = []
+    for numbers in parts:
+        images, labels = data.batch(preprocess, numbers)
+        dense.add_dense(runtime.model.forward(images), labels)
+        for (model, policy), tally in zip(arms, tallies, strict=True):
+            tally.add(model.forward(images, policy, compaction="always"), labels)
+        if sum(map(len, clocked)) < _TIMED_IMAGES:
+            clocked.append(images)
+        tick()
+
+    for model, policy in arms:  # measures where compaction pays, so that no timed run has to
+        _seconds(model, clocked, policy)
+    clock = alternate(
+        partial(_seconds_dense, runtime, clocked),
+        [partial(_seconds, model, clocked, policy) for model, policy in arms],
+        repeats,
+        tick,
+    )
+    count = sum(map(len, clocked))
+    whole = runtime.macs_dense * count
+    rows = [
+        ExitRow("dense", None, dense.quality(), Timed(clock.usual, clock.usual, whole, whole)),
+    ]
+    names: list[tuple[str, float | None]] = [("own", None), *((axis, value) for value in values)]
+    for i, ((rule, value), tally) in enumerate(zip(names, tallies, strict=True)):
+        timed = clock.timed(i, tally.macs_of_first(count), whole)
+        rows.append(ExitRow(rule, value, tally.quality(), timed))
+    spec = runtime.spec
+    setting: dict[str, str | int | float] = {
+        "model": str(runtime.container.path),
+        "dtype": spec.dtype,
+        "criterion": ", ".join(sorted({exit_.criterion for exit_ in spec.exits})),
+        "exits": len(spec.exits),
+        "images": len(data),
+        "data_sha256": data.sha256,
+        "timed_images": count,
+        "batch": batch,
+        "repeats": repeats,
+        **machine(runtime.model.ops),
+    }
+    return ExitReport(axis, rows, setting, clock.noise)
+
+
+def _policy(axis: str, value: float) -> ComputePolicy:
+    if axis not in EXIT_AXES:
+        raise InvalidInput(f"a sweep of exits varies one of {', '.join(EXIT_AXES)}, not {axis!r}")
+    if axis == "budget":
+        return ComputePolicy(budget=value)
+    field = "threshold" if axis == "exit" else axis
+    return ComputePolicy(exit=ExitPolicy.of({field: value}))
+
+
+def _seconds_dense(runtime: VisionRuntime, batches: Sequence[Tensor]) -> float:
+    start = time.perf_counter()
+    for images in batches:
+        runtime.model.forward(images)
+    return time.perf_counter() - start
+
+
+def _seconds(runtime: VisionRuntime, batches: Sequence[Tensor], policy: ComputePolicy) -> float:
+    start = time.perf_counter()
+    for images in batches:
+        runtime.forward(images, policy)
+    return time.perf_counter() - start
