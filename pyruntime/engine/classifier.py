@@ -76,6 +76,8 @@ class Classifier:
                 "'official', what an image gets depends on its batch"
             )
         config = ClassifierConfig(mode, max_batch, max_wait_ms, capacity, max_age)
+        if self.runtime.exits and max_batch > 1 and mode in ("refill", "compact"):
+            self.runtime.times.measure()
         self.preprocess = Preprocessor(spec.preprocess, spec.image_size)
         self._thread = WaveThread(self.runtime, config, top)
         # Collected without close: what was submitted is still answered, by the thread alone.

@@ -48,6 +48,11 @@ class StageTimes:
         self._targets: dict[tuple[int, int], int] = {}
         self._one: Packed | None = None
 
+    def measure(self) -> None:
+        """Measure every part now, so that no request has to wait for it."""
+        for part in self._parts():
+            self._at(part, 1)
+
     def stage(self, stage: int, count: float) -> float:
         """The blocks of one stage for `count` images."""
         if stage == self._last:

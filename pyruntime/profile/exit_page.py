@@ -45,7 +45,7 @@ def plain(report: ExitReport) -> dict[str, Any]:
             "quality": asdict(quality) | {"macs_saved": quality.macs_saved},
             "timed": asdict(timed) | {
                 "macs_saved": timed.macs_saved, "time_saved": timed.time_saved,
-                "rho": timed.realised,
+                "ideal_share": row.ideal_share, "rho": row.realised, "rho_macs": timed.realised,
             },
         })  # fmt: skip
     return {"axis": report.axis, "setting": report.setting, "noise": report.noise, "rows": rows}
@@ -69,8 +69,11 @@ def _notes(report: ExitReport) -> list[str]:
         "dense: the model without exits, the baseline of accuracy, work and time. own: the "
         "checkpoint's own rule. Levels count from 0.",
         "MACs saved: exact, heads and gates counted, of all images. time: median of "
-        f"{report.setting['repeats']} runs in turn with dense ones. ρ: time saved / MACs saved of "
-        "the timed images. ECE: expected calibration error, 15 bins of equal numbers of images.",
+        f"{report.setting['repeats']} runs in turn with dense ones. ECE: expected calibration "
+        "error, 15 bins of equal numbers of images.",
+        "ρ: time saved / the time that could be saved at best, every block and head taking its "
+        "measured time for the images still there. ρ MACs: time saved / MACs saved of the timed "
+        "images, as if all multiply-accumulates took the same time.",
     ]
     if any(row.quality.repo_metric is not None for row in report.rows):
         notes.append(
@@ -94,8 +97,13 @@ def _cells(report: ExitReport, row: ExitRow, reference: float) -> dict[str, str]
         "Mul-Adds": f"{quality.repo_metric or 0:.1%}",
         "time": f"{1e3 * timed.seconds:.1f} ms",
         "time saved": "–" if dense else f"{timed.time_saved:.1%}",
-        "ρ": "–" if timed.realised is None else f"{timed.realised:.2f}",
+        "ρ": _share(row.realised),
+        "ρ MACs": _share(timed.realised),
     }
     if quality.repo_metric is None:
         del cells["Mul-Adds"]
     return cells
+
+
+def _share(realised: float | None) -> str:
+    return "–" if realised is None else f"{realised:.2f}"

@@ -46,11 +46,15 @@ class ExitQuality:
 
 
 class Tally:
-    """Adds up what a policy did, batch by batch."""
+    """Adds up what a policy did, batch by batch.
+
+    Attributes:
+        levels: int64 [B] of every batch.
+    """
 
     def __init__(self, runtime: VisionRuntime) -> None:
+        self.levels: list[Tensor] = []
         self._runtime = runtime
-        self._levels: list[Tensor] = []
         self._macs: list[Tensor] = []
         self._correct: list[Tensor] = []
         self._sure: list[Tensor] = []
@@ -66,7 +70,7 @@ class Tally:
 
     def quality(self) -> ExitQuality:
         """Of all batches so far, at least one."""
-        levels, correct = torch.cat(self._levels), torch.cat(self._correct)
+        levels, correct = torch.cat(self.levels), torch.cat(self._correct)
         exits, images = self._runtime.exits, len(levels)
         shares = levels.bincount(minlength=exits + 1).double() / images
         return ExitQuality(
@@ -86,7 +90,7 @@ class Tally:
 
     def _add(self, logits: Tensor, labels: Tensor, levels: Tensor, macs: Tensor) -> None:
         sure, answers = logits.softmax(1).max(1)
-        self._levels.append(levels)
+        self.levels.append(levels)
         self._macs.append(macs)
         self._correct.append(answers == labels)
         self._sure.append(sure)

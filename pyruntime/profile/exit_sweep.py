@@ -19,7 +19,7 @@ from pyruntime.profile.exit_quality import ExitQuality, Tally
 from pyruntime.profile.image_data import ImageSet
 from pyruntime.profile.measure import Progress, Ticker
 from pyruntime.profile.page import Page
-from pyruntime.profile.timing import Timed, alternate, machine
+from pyruntime.profile.timing import LEAST_SAVED, Timed, alternate, machine
 
 # What can be swept: the budget, or one field of an exit policy.
 EXIT_AXES = ("budget", "exit", "tau", "level")
@@ -34,12 +34,23 @@ class ExitRow:
         rule: "dense" (the model without exits), "own" (the checkpoint's rule), or the axis.
         value: on the axis, or None.
         timed: of the timed images, whose work is counted up to where they left.
+        ideal_share: time that their batches would take over that of the dense model if every
+            part took its measured time for the images still there and nothing else cost any; see
+            `StageTimes.ideal`.
     """
 
     rule: str
     value: float | None
     quality: ExitQuality
     timed: Timed
+    ideal_share: float
+
+    @property
+    def realised(self) -> float | None:
+        """Time saved over what could be saved at best, by measured times; None where that is
+        next to nothing. `Timed.realised` is the same by multiply-accumulates."""
+        best = 1.0 - self.ideal_share
+        return self.timed.time_saved / best if best >= LEAST_SAVED else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +129,9 @@ def sweep_exits(
             clocked.append(images)
         tick()
 
-    for model, policy in arms:  # measures where compaction pays, so that no timed run has to
+    # Measures how long the parts take, so that no timed run has to.
+    full = sum(runtime.times.dense(len(images)) for images in clocked)
+    for model, policy in arms:
         _seconds(model, clocked, policy)
     clock = alternate(
         partial(_seconds_dense, runtime, clocked),
@@ -128,13 +141,13 @@ def sweep_exits(
     )
     count = sum(map(len, clocked))
     whole = runtime.macs_dense * count
-    rows = [
-        ExitRow("dense", None, dense.quality(), Timed(clock.usual, clock.usual, whole, whole)),
-    ]
+    usual = Timed(clock.usual, clock.usual, whole, whole)
+    rows = [ExitRow("dense", None, dense.quality(), usual, 1.0)]
     names: list[tuple[str, float | None]] = [("own", None), *((axis, value) for value in values)]
     for i, ((rule, value), tally) in enumerate(zip(names, tallies, strict=True)):
         timed = clock.timed(i, tally.macs_of_first(count), whole)
-        rows.append(ExitRow(rule, value, tally.quality(), timed))
+        ideal = sum(runtime.times.ideal(levels) for levels in tally.levels[: len(clocked)])
+        rows.append(ExitRow(rule, value, tally.quality(), timed, ideal / full))
     spec = runtime.spec
     setting: dict[str, str | int | float] = {
         "model": str(runtime.container.path),

@@ -15,7 +15,7 @@ import pyruntime
 from pyruntime.profile.measure import Ticker
 
 # Below this share of saved work the denominator of the realised fraction is mostly noise.
-_LEAST_SAVED = 0.01
+LEAST_SAVED = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Timed:
     def realised(self) -> float | None:
         """Time saved over the time that the saved work would be worth; None without savings."""
         saved = self.macs_saved
-        return self.time_saved / saved if saved >= _LEAST_SAVED else None
+        return self.time_saved / saved if saved >= LEAST_SAVED else None
 
 
 @dataclass(frozen=True, slots=True)

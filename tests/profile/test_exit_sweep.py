@@ -62,6 +62,11 @@ def test_work_is_counted_exactly(runtime: VisionRuntime, data: ImageSet) -> None
         assert row.timed.macs_dense == 38 * whole  # batches of 13, 13 and 12: at least 32
         assert row.timed.macs_executed * 50 == row.quality.macs_executed * 38
         assert 0 < row.timed.seconds < 10
+    shares = [row.ideal_share for row in found.rows]
+    assert shares[0] == 1 < shares[1] > shares[2] > shares[3] > 0
+    assert found.rows[0].realised is found.rows[1].realised is None
+    saved = found.rows[3].timed.time_saved / (1 - shares[3])
+    assert found.rows[3].realised == pytest.approx(saved)
 
 
 def test_rows_are_those_of_the_policies(
