@@ -3,10 +3,11 @@
     python -m bench.bench_exits [--models ...] [--batches 8 32 128] [--dtypes ...] [--quick]
 
 Every image is told where to leave, so that the pattern is exact; every gate and head still runs.
-`rho` is (T_dense - T) / (T_dense - T_ideal). T_dense is the same backbone without exits, in turn
-with the others. T_ideal is T_dense less the measured time of the blocks that need not run, a block
-of n images taking t(n), plus the measured time of heads, gates and moves. `rho_macs` takes the
-multiply-accumulates that were not executed instead, which no head or gate can reach.
+`rho` is (T_dense - T) / (T_dense - T_ideal). T_dense is the same backbone without exits. T_ideal is
+T_dense less the time of the blocks that need not run, a block of n images taking t(n), plus that of
+heads, gates and moves; all parts are measured in turn with the whole passes. `rho_free_gates` takes
+heads, gates and moves for nothing, `rho_macs` scales by multiply-accumulates, as if all of them
+took the same time.
 """
 
 from __future__ import annotations
@@ -14,74 +15,62 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bench import limits, vision_model
-from bench.harness import Report, alternate, target, timed
+from bench.harness import Arm, Report, alternate, target, timed
 from pyruntime.engine.vision import VisionRuntime
 from pyruntime.gates.exit import ExitState, own_limits
 from pyruntime.gates.policy import ComputePolicy, ExitPolicy
 from pyruntime.layers.packed import Packed
-from pyruntime.plan import Plan
 
 DISTRIBUTIONS = ("none", *vision_model.DISTRIBUTIONS)
 SETTLE = 0.02  # seconds before every arm
 
 
-@dataclass(slots=True)
-class Times:
-    """Seconds of the parts of a model, for n images; measured when first asked for."""
+class Parts:
+    """The parts of a model for n images, as arms that take turns with whole passes."""
 
-    runtime: VisionRuntime
-    images: Tensor
-    known: dict[tuple[str, int], float]
+    def __init__(self, runtime: VisionRuntime, images: Tensor) -> None:
+        self._model = runtime.model
+        self._fresh = runtime.model.embed(images)
+        spec = runtime.spec
+        self._spec = spec
+        self._limits = own_limits(spec.exits)[:1].expand(len(images), 2).contiguous()
 
-    def stage(self, stage: int, count: int) -> float:
-        """One stage: a block of all rows, or the last one."""
-        last = stage == len(self.runtime.model.stages) - 1
-        return self._of("last" if last else "block", stage, count)
+    def stage(self, stage: int, count: int) -> Arm:
+        """The blocks of one stage."""
 
-    def gate(self, count: int) -> float:
-        """Head, gate, decision and move, of which about as many images stay as leave."""
-        return self._of("gate", 0, count)
-
-    def _of(self, part: str, stage: int, count: int) -> float:
-        if count == 0:
-            return 0.0
-        if (part, count) not in self.known:
-            self.known[part, count] = self._measure(part, stage, count)
-        return self.known[part, count]
-
-    def _measure(self, part: str, stage: int, count: int) -> float:
-        model = self.runtime.model
-        fresh = model.embed(self.images[:count])
-        spec = model.spec
-        kept = torch.arange(0, count, 2, dtype=torch.int32)
-        inverse = torch.full((count, 1), -1, dtype=torch.int32)
-        inverse[kept.long(), 0] = torch.arange(len(kept), dtype=torch.int32)
-        half = Plan(
-            kept, torch.tensor([0, len(kept)], dtype=torch.int32), None, inverse, count, len(kept)
-        )
-        rows = own_limits(spec.exits)[:1].expand(count, 2).contiguous()
-
-        def once() -> float:
-            packed = Packed(fresh.x.clone(), fresh.cu_seqlens)
-            state = ExitState.start(count, spec.num_classes, spec.exits)
+        def arm() -> float:
+            packed = self._copy(count)
             start = time.perf_counter()
-            if part == "gate":
-                model.exit(0, packed, state, rows)
-                packed.select(model.ops, half)
-            else:
-                model.run_stage(packed, stage)
+            self._model.run_stage(packed, stage)
             return time.perf_counter() - start
 
-        once()
-        repeats = 5 if count >= 16 else 9
-        return statistics.median(once() for _ in range(repeats))
+        return arm
+
+    def exit(self, count: int) -> Arm:
+        """Head, gate and decision, and the move of every second image."""
+        half = self._model.ops.plan_partition(
+            (torch.arange(count, dtype=torch.int32) % 2) - 1, 1
+        )  # 0 stays, -1 leaves
+
+        def once() -> float:
+            packed = self._copy(count)
+            state = ExitState.start(count, self._spec.num_classes, self._spec.exits)
+            limits = self._limits[:count].clone()
+            start = time.perf_counter()
+            self._model.exit(0, packed, state, limits)
+            packed.select(self._model.ops, half)
+            return time.perf_counter() - start
+
+        return lambda: statistics.median(once() for _ in range(5))
+
+    def _copy(self, count: int) -> Packed:
+        part = self._fresh.slice(0, count)
+        return Packed(part.x.clone(), part.cu_seqlens)
 
 
 def measure(
@@ -90,58 +79,64 @@ def measure(
     """Rows of one model at one batch size."""
     whole = VisionRuntime(vision_model.container(name, dtype, exits=False))  # type: ignore[arg-type]
     exits = VisionRuntime(vision_model.container(name, dtype))  # type: ignore[arg-type]
+    exits.times.measure()
     images = vision_model.images(batch)
     count = len(exits.spec.exits)
     patterns = {d: vision_model.levels(d, batch, count) for d in DISTRIBUTIONS}
-
-    def policies(pattern: Sequence[int]) -> list[ComputePolicy]:
-        leave = [ExitPolicy(level=level) for level in range(count)] + [ExitPolicy(never=True)]
-        return [ComputePolicy(exit=leave[level]) for level in pattern]
+    leave = [ComputePolicy(exit=ExitPolicy(level=level)) for level in range(count)]
+    leave.append(ComputePolicy(exit="never"))
+    given = {d: [leave[level] for level in pattern] for d, pattern in patterns.items()}
 
     arms = {"dense": timed(lambda: whole.model.forward(images))}
-    for distribution, pattern in patterns.items():
-        given = policies(pattern)
-        arms[distribution] = timed(lambda given=given: exits.forward(images, given))
-    arms = {key: _settled(arm) for key, arm in arms.items()}
-    samples = alternate(arms, rounds, seconds)
+    for distribution, policies in given.items():
+        arms[distribution] = timed(lambda policies=policies: exits.forward(images, policies))
+    parts = Parts(exits, images)
+    alive = {d: vision_model.survivors(pattern, count) for d, pattern in patterns.items()}
+    for n in sorted({n for some in alive.values() for n in (*some, batch)} - {0}):
+        arms[f"block {n}"] = parts.stage(0, n)
+        arms[f"last {n}"] = parts.stage(count, n)
+        arms[f"exit {n}"] = parts.exit(n)
+    samples = alternate({key: _settled(arm) for key, arm in arms.items()}, rounds, seconds)
 
-    times = Times(exits, images, {})
+    def share(part: str, n: int) -> float:
+        """Of the dense time."""
+        return samples.ratio(f"{part} {n}", "dense") if n else 0.0
+
     dense = samples.p50("dense")
     common = {"op": "early exit", "model": name, "dtype": dtype, "batch": batch}
-    for distribution, pattern in patterns.items():
-        output = exits.forward(images, policies(pattern))
-        reached = output.levels.tolist()
-        if reached != pattern:
-            raise SystemExit(f"{name}: images left at {reached}, told to leave at {pattern}")
-        alive = vision_model.survivors(pattern, count)
-        blocks = sum(times.stage(s, batch) - times.stage(s, n) for s, n in enumerate(alive))
-        gates = sum(times.gate(n) for n in alive[:-1])
-        ideal = dense - blocks + gates
-        measured = dense * samples.ratio(distribution, "dense")
+    for distribution, policies in given.items():
+        output = exits.forward(images, policies)
+        if output.levels.tolist() != patterns[distribution]:
+            raise SystemExit(f"{name}: images left at {output.levels.tolist()}")
+        stages = [("last" if s == count else "block", n) for s, n in enumerate(alive[distribution])]
+        blocks = sum(share(part, batch) - share(part, n) for part, n in stages)
+        gates = sum(share("exit", n) for n in alive[distribution][:-1])
+        ideal = 1 - blocks + gates
+        measured = samples.ratio(distribution, "dense")
+        macs = output.trace.macs_executed
         row = {
-            **common, "scenario": f"{name} {dtype} B={batch}", "what": distribution,
+            **common, "scenario": f"{name} B={batch}", "what": distribution,
             **samples.times(distribution), "dense_p50_us": dense * 1e6,
-            "time_share": measured / dense, "ideal_share": ideal / dense,
-            "macs_share": output.trace.macs_executed / output.trace.macs_dense,
-            "mean_level": statistics.mean(pattern), "accuracy": "none: random weights",
-            "gflops": 2e-9 * output.trace.macs_executed / measured,
+            "time_share": measured, "ideal_share": ideal,
+            "macs_share": macs / output.trace.macs_dense,
+            "mean_level": statistics.mean(patterns[distribution]),
+            "paths": output.trace.paths, "accuracy": "none: random weights",
             "limit_name": "arithmetic peak GFLOP/s", "limit": peak,
-            "fraction": 2e-9 * output.trace.macs_executed / measured / peak,
-            "heads_and_gates_share": gates / dense, **samples.guard(),
+            "fraction": 2e-9 * macs / samples.p50(distribution) / peak,
+            "heads_and_gates_share": gates, **samples.guard(),
         }  # fmt: skip
         if distribution == "none":
-            report.add(**row, **target(measured / dense - 1, 0.02, at_most=True))
+            report.add(**row, **target(measured - 1, 0.02, at_most=True))
             continue
-        rho = (dense - measured) / (dense - ideal)
-        saved = 1 - output.trace.macs_executed / output.trace.macs_dense
+        rho = (1 - measured) / (1 - ideal)
+        saved = 1 - macs / output.trace.macs_dense
         report.add(
-            **row, rho=rho, rho_macs=(dense - measured) / (dense * saved),
-            rho_free_gates=(dense - measured) / blocks,
+            **row, rho=rho, rho_macs=(1 - measured) / saved, rho_free_gates=(1 - measured) / blocks,
             **target(rho, 0.9 if batch >= 32 else 0.8),
         )  # fmt: skip
 
 
-def _settled(arm):  # type: ignore[no-untyped-def]
+def _settled(arm: Arm) -> Arm:
     def run() -> float:
         time.sleep(SETTLE)
         return arm()
@@ -157,7 +152,7 @@ def main() -> int:
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 32, 128])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="11 at batch 8, 7 at 32, 3 at 128")
     parser.add_argument("--quick", action="store_true", help="only show that it works")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -166,8 +161,8 @@ def main() -> int:
     for name in args.models:
         for dtype in args.dtypes:
             for batch in [2] if args.quick else args.batches:
-                rounds = 1 if args.quick else args.rounds
-                seconds = 0.0 if args.quick else 4 * args.rounds
+                rounds = 1 if args.quick else args.rounds or {8: 11, 32: 7}.get(batch, 3)
+                seconds = 0.0 if args.quick else 20.0
                 peak = machine.flops(getattr(torch, dtype))
                 measure(report, name, dtype, batch, rounds, seconds, peak)
     return report.close()

@@ -133,10 +133,12 @@ class VisionRuntime:
         while wave is not None:
             stage_images.append(wave.count)
             left, rest = advance(self.model, wave)
-            logits[left.ids] = left.logits
-            levels[left.ids] = left.level
-            stages[wave.ids] = wave.stage + 1
-            macs[wave.ids] = wave.macs
+            if left is not None:
+                logits[left.ids] = left.logits
+                levels[left.ids] = left.level
+            if left is not None or wave.live is not None:
+                stages[wave.ids] = wave.stage + 1
+                macs[wave.ids] = wave.macs
             if wave.stage < self.exits:
                 kept = None if rest is None else self.compacted(rest, compaction)
                 paths[_path(rest, kept)] += 1

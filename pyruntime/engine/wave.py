@@ -116,28 +116,26 @@ class Leavers:
 
 
 @torch.inference_mode()
-def advance(model: VisionTransformer, wave: Wave) -> tuple[Leavers, Wave | None]:
+def advance(model: VisionTransformer, wave: Wave) -> tuple[Leavers | None, Wave | None]:
     """Run the stage that a wave is in front of, and the head behind it.
 
     The wave and its rows are used up. Whoever leaves stays in the matrix until `Wave.compacted`.
 
     Returns:
-        who left, and the wave in front of the next stage, None when nobody is left.
+        who left, None when nobody did, and the wave in front of the next stage, None when nobody
+        is left.
     """
     stage, live, cost = wave.stage, wave.live, model.cost
     learned = model.run_stage(wave.packed, stage)
-    wave.macs.add_(_stage_macs(cost, stage, wave.packed))
     if learned is not None:
         wave.macs.add_(learned)
     if stage == len(model.stages) - 1:
-        wave.macs.add_(cost.head)
-        logits = model.classify(wave.packed)
-        return _leavers(wave, stage, logits, live), None
+        wave.macs.add_(_stage_macs(cost, stage, wave.packed) + cost.head)
+        return _leavers(wave, stage, model.classify(wave.packed), live), None
+    wave.macs.add_(_stage_macs(cost, stage, wave.packed) + cost.exits[stage])
     exit_ = model.exit(stage, wave.packed, wave.state, wave.limits[:, stage].contiguous())
-    wave.macs.add_(cost.exits[stage])
     if exit_.plan.is_all and live is None:
-        nobody = torch.zeros(wave.count, dtype=torch.bool)
-        return _leavers(wave, stage, exit_.logits, nobody), replace(wave, stage=stage + 1)
+        return None, replace(wave, stage=stage + 1)
     stays = exit_.plan.inverse[:, 0] >= 0
     leaves = ~stays
     if live is not None:  # who left before is asked again, and not heard

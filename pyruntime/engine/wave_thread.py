@@ -243,10 +243,10 @@ class WaveThread:
                 self._queues.push(rest.stage, rest.trimmed(runtime.model.ops))
                 return
 
-    def _answer(self, left: Leavers) -> None:
-        numbers = left.ids.tolist()
-        if not numbers:
+    def _answer(self, left: Leavers | None) -> None:
+        if left is None:
             return
+        numbers = left.ids.tolist()
         runtime, now = self.runtime, time.perf_counter()
         # Tensors of the model are inference tensors, which autograd does not take; users may.
         rows = left.logits.clone()

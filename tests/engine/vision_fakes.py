@@ -137,6 +137,7 @@ def untimed(model: VisionSpec | None = None) -> VisionRuntime:
     """A runtime that measures nothing: moving rows always pays, waiting for company never does."""
     found = runtime(model)
     with_times: Any = found.times
+    with_times.measure = lambda: None
     with_times.compaction_pays = lambda stage, before, after: True
     with_times.target = lambda stage, most: 1
     return found
