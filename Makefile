@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint bench build clean
 
-demo: $(VENV)/serve
+demo: $(VENV)/serve $(VENV)/vision
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/test
@@ -40,6 +40,6 @@ $(VENV)/torch:
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
 	@touch $@
 
-$(VENV)/serve $(VENV)/test $(VENV)/lint: $(VENV)/%: $(VENV)/torch pyproject.toml
+$(VENV)/serve $(VENV)/vision $(VENV)/test $(VENV)/lint: $(VENV)/%: $(VENV)/torch pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[$*]'
 	@touch $@

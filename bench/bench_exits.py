@@ -13,6 +13,7 @@ took the same time.
 from __future__ import annotations
 
 import argparse
+import bisect
 import statistics
 import time
 
@@ -28,6 +29,7 @@ from pyruntime.layers.packed import Packed
 
 DISTRIBUTIONS = ("none", *vision_model.DISTRIBUTIONS)
 SETTLE = 0.02  # seconds before every arm
+FEW = 32  # every needed number of images up to this one is measured, above it the multiples
 
 
 class Parts:
@@ -92,15 +94,20 @@ def measure(
         arms[distribution] = timed(lambda policies=policies: exits.forward(images, policies))
     parts = Parts(exits, images)
     alive = {d: vision_model.survivors(pattern, count) for d, pattern in patterns.items()}
-    for n in sorted({n for some in alive.values() for n in (*some, batch)} - {0}):
+    wanted = {n for some in alive.values() for n in (*some, batch)}
+    counts = [0, *sorted({n for n in wanted if 0 < n <= FEW} | {*range(FEW, batch, FEW), batch})]
+    for n in counts[1:]:
         arms[f"block {n}"] = parts.stage(0, n)
         arms[f"last {n}"] = parts.stage(count, n)
         arms[f"exit {n}"] = parts.exit(n)
     samples = alternate({key: _settled(arm) for key, arm in arms.items()}, rounds, seconds)
 
     def share(part: str, n: int) -> float:
-        """Of the dense time."""
-        return samples.ratio(f"{part} {n}", "dense") if n else 0.0
+        """Of the dense time; between the numbers that were measured, on a straight line."""
+        right = bisect.bisect_left(counts, n)
+        low, high = counts[max(right - 1, 0)], counts[right]
+        first, last = (samples.ratio(f"{part} {m}", "dense") if m else 0.0 for m in (low, high))
+        return first + (last - first) * (n - low) / (high - low) if high > low else last
 
     dense = samples.p50("dense")
     common = {"op": "early exit", "model": name, "dtype": dtype, "batch": batch}
@@ -152,7 +159,7 @@ def main() -> int:
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 32, 128])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, help="11 at batch 8, 7 at 32, 3 at 128")
+    parser.add_argument("--rounds", type=int, help="11 at batch 8, 5 at 32, 3 at 128")
     parser.add_argument("--quick", action="store_true", help="only show that it works")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -161,8 +168,8 @@ def main() -> int:
     for name in args.models:
         for dtype in args.dtypes:
             for batch in [2] if args.quick else args.batches:
-                rounds = 1 if args.quick else args.rounds or {8: 11, 32: 7}.get(batch, 3)
-                seconds = 0.0 if args.quick else 20.0
+                rounds = 1 if args.quick else args.rounds or {8: 11, 32: 5}.get(batch, 3)
+                seconds = 0.0 if args.quick else 10.0
                 peak = machine.flops(getattr(torch, dtype))
                 measure(report, name, dtype, batch, rounds, seconds, peak)
     return report.close()

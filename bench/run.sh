@@ -14,4 +14,7 @@ for scenario in prefill decode vector; do
 done
 "$python" -m bench.bench_moe || status=1
 "$python" -m bench.bench_moe_model --work "$work" || status=1
+"$python" -m bench.bench_vit --work "$work/vit" || status=1
+"$python" -m bench.bench_exits || status=1
+"$python" -m bench.bench_stream || status=1
 exit $status

@@ -1,4 +1,4 @@
-"""The whole way of a model: convert, calibrate, profile, generate, serve. `make demo` runs it.
+"""The whole way of a model: convert, calibrate, profile, generate, serve; then images. `make demo`.
 
 Every step prints the command it runs, so that each can be repeated by hand. Results lie in demo/.
 """
@@ -20,8 +20,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = Path("examples/gateskip_lm")
+VISION = Path("examples/jei_dnn")
 DEMO = Path("demo")
 MODEL = DEMO / "gateskip-lm"
+VISION_MODEL = DEMO / "digit-scenes"
 PROMPT = "class Queue:\n    def __init__(self, maxsize=0):\n"
 TRAINING_FILES = 48
 
@@ -59,6 +61,12 @@ def main() -> int:
 
     step("Serve it, and ask for the same completion at two budgets")
     serve()
+
+    step("Images: a network with early exits, each image as deep as it needs")
+    run("convert", VISION / "checkpoint/ckpt_0.02_87.65.pth", VISION_MODEL)
+    scenes = sorted((VISION / "scenes").glob("*.png"))
+    run("classify", VISION_MODEL, *scenes, "--top", 2)
+    run("classify", VISION_MODEL, *scenes, "--top", 2, "--exit", "never")
 
     print(f"\nDone in {time.monotonic() - started:.0f} s. The model is in {MODEL}, the profile in "
           f"{DEMO / 'profile.html'} and {DEMO / 'profile.json'}.")  # fmt: skip
