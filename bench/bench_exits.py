@@ -110,6 +110,7 @@ def measure(
         return first + (last - first) * (n - low) / (high - low) if high > low else last
 
     dense = samples.p50("dense")
+    guard = samples.only("dense", *patterns).guard()
     common = {"op": "early exit", "model": name, "dtype": dtype, "batch": batch}
     for distribution, policies in given.items():
         output = exits.forward(images, policies)
@@ -130,7 +131,7 @@ def measure(
             "paths": output.trace.paths, "accuracy": "none: random weights",
             "limit_name": "arithmetic peak GFLOP/s", "limit": peak,
             "fraction": 2e-9 * macs / samples.p50(distribution) / peak,
-            "heads_and_gates_share": gates, **samples.guard(),
+            "heads_and_gates_share": gates, **guard,
         }  # fmt: skip
         if distribution == "none":
             report.add(**row, **target(measured - 1, 0.02, at_most=True))

@@ -38,6 +38,11 @@ class Samples:
     drift: float
     discarded: int
 
+    def only(self, *arms: str) -> Samples:
+        """Those of some arms."""
+        seconds = {arm: self.seconds[arm] for arm in arms}
+        return Samples(seconds, max(map(_drift, seconds.values())), self.discarded)
+
     @property
     def stable(self) -> bool:
         """Whether the run may be trusted; a row of an unstable run says so."""
