@@ -6,8 +6,7 @@ Images are told to leave uniformly over the exits and the final head. `dense` ru
 without exits; `lock_step` keeps a batch together until its last image leaves; `compact` shrinks it;
 `refill` also merges survivors with those of later requests. Rates are shares of the dense capacity:
 images per second of one call of many images. At 0.7 of it the rows have p50 and p99; goodput is the
-highest rate at which p99 keeps the objective (ten times one image alone), and every step of the
-climb is counted.
+highest rate, in steps of 10 %, at which p99 is no worse than that of `dense` at 0.7.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from pyruntime.gates.policy import ComputePolicy, ExitPolicy
 MODES = ("dense", "lock_step", "compact", "refill")
 LOAD = 0.7
 STEP = 1.1  # of the climb
-OBJECTIVE = 10.0  # times the latency of one image alone
 
 
 def latencies(submit: Callable[[int], object], count: int, rate: float, seed: int) -> list[float]:
@@ -92,10 +90,10 @@ def measure(report: Report, name: str, dtype: str, seconds: float) -> None:
     pattern = vision_model.levels("uniform", 64, len(exits.spec.exits))
     capacity = len(pool) / _median(lambda: whole.model.forward(pool), 3)
     alone = _median(lambda: whole.model.forward(pool[:1]), 9)
-    objective = OBJECTIVE * alone
+    objective = 0.0
     common = {"op": "early exit", "scenario": f"{name} {dtype} streaming", "model": name,
               "dtype": dtype, "dense_images_per_s": capacity, "alone_us": alone * 1e6,
-              "objective_us": objective * 1e6, "accuracy": "none: random weights"}  # fmt: skip
+              "accuracy": "none: random weights"}  # fmt: skip
     goodput: dict[str, float] = {}
     for mode in MODES:
         server = Server(mode, whole if mode == "dense" else exits, pool, pattern)
@@ -103,19 +101,17 @@ def measure(report: Report, name: str, dtype: str, seconds: float) -> None:
         rate = LOAD * capacity
         found = latencies(server.submit, max(20, int(rate * seconds)), rate, seed=1)
         p50, p99 = statistics.median(found), quantile(found, 0.99)
-        steps = 0
-        best = 0.0
-        while p99 <= objective and steps < 16:
+        objective = objective or p99  # that of the first mode
+        steps, best, now = 0, 0.0, p99
+        while now <= objective and steps < 16:
             best = rate
             rate, steps = rate * STEP, steps + 1
             found = latencies(server.submit, max(20, int(rate * seconds)), rate, seed=1 + steps)
-            p99_now = quantile(found, 0.99)
-            if p99_now > objective:
-                break
+            now = quantile(found, 0.99)
         server.close()
         goodput[mode] = best
         report.add(
-            **common, what=mode, load=LOAD, p50_us=p50 * 1e6, p99_us=p99 * 1e6,
+            **common, what=mode, load=LOAD, objective_us=objective * 1e6, p50_us=p50 * 1e6, p99_us=p99 * 1e6,
             goodput_images_per_s=best, goodput_over_capacity=best / capacity,
             goodput_over_dense=best / goodput["dense"] if goodput["dense"] else None,
         )  # fmt: skip
