@@ -111,7 +111,8 @@ def measure(report: Report, name: str, dtype: str, seconds: float) -> None:
         server.close()
         goodput[mode] = best
         report.add(
-            **common, what=mode, load=LOAD, objective_us=objective * 1e6, p50_us=p50 * 1e6, p99_us=p99 * 1e6,
+            **common, what=mode, load=LOAD, objective_us=objective * 1e6,
+            p50_us=p50 * 1e6, p99_us=p99 * 1e6,
             goodput_images_per_s=best, goodput_over_capacity=best / capacity,
             goodput_over_dense=best / goodput["dense"] if goodput["dense"] else None,
         )  # fmt: skip
