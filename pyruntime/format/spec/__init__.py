@@ -12,7 +12,9 @@ from pyruntime.format.spec.experts import ExpertSpec, RouterSpec
 from pyruntime.format.spec.gates import GateSpec
 from pyruntime.format.spec.model import FAMILIES, ModelSpec, family_of, model_tensors
 from pyruntime.format.spec.record import from_dict, to_dict
+from pyruntime.format.spec.reduction import ReductionSpec
 from pyruntime.format.spec.rope import ROPE_SCALING_KEYS, rope_scaling_problems
+from pyruntime.format.spec.scales import ScaleGateSpec, ScaleSpec
 from pyruntime.format.spec.tensors import PANEL, STORED_DTYPES, TensorSpec, decoder_tensors
 from pyruntime.format.spec.vision import ExitSpec, Preprocess, VisionSpec, WidthSpec
 from pyruntime.format.spec.vision_tensors import vision_tensors
@@ -30,7 +32,10 @@ __all__ = [
     "LatentSpec",
     "ModelSpec",
     "Preprocess",
+    "ReductionSpec",
     "RouterSpec",
+    "ScaleGateSpec",
+    "ScaleSpec",
     "TensorSpec",
     "VisionSpec",
     "WidthSpec",

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pyruntime.errors import FormatError
+from pyruntime.format.spec.reduction import ReductionSpec
+from pyruntime.format.spec.scales import ScaleSpec
 
 Criterion = Literal[
     "jei_dnn", "max_prob", "max_logit", "entropy", "margin", "patience", "learned"
@@ -129,6 +131,10 @@ class VisionSpec:
         pre_norm: a layer norm before the first block.
         activation: GELU in its error-function form.
         labels: names of the classes, or empty.
+        position_resize: how `positions` come to another image size: bicubic with antialias (timm),
+            or without (transformers, EViT).
+        scales: patches of several sizes, or None.
+        reduction: rows that leave inside the network, or None.
     """
 
     source_family: str
@@ -154,6 +160,9 @@ class VisionSpec:
     width: WidthSpec | None = None
     labels: tuple[str, ...] = ()
     dtype: Literal["bfloat16", "float32"] = "float32"
+    position_resize: Literal["bicubic_aa", "bicubic"] = "bicubic_aa"
+    scales: ScaleSpec | None = None
+    reduction: ReductionSpec | None = None
 
     def __post_init__(self) -> None:
         problems = [
@@ -190,8 +199,32 @@ class VisionSpec:
                 problems.append(f"exit {number}: class {other} of {self.num_classes}")
         if self.labels and len(self.labels) != self.num_classes:
             problems.append(f"{len(self.labels)} labels for {self.num_classes} classes")
+        if not problems:
+            problems += self._scale_problems()
         if problems:
             raise FormatError("architecture: " + "; ".join(problems))
+
+    def _scale_problems(self) -> list[str]:
+        problems = []
+        scales, reduction = self.scales, self.reduction
+        if self.stem != "patch" and (scales is not None or reduction is not None):
+            problems.append("mixed scales and token reduction need a stem of patches")
+        if scales is not None:
+            side = self.patch_size * scales.ratios[-1]
+            if any(size % side for size in self.image_size):
+                problems.append(f"coarse patches of {side} do not tile {self.image_size}")
+            if self.width is not None and self.width.rule == "official":
+                problems.append("mixed scales and a width rule that looks at the whole batch")
+            if reduction is not None:
+                problems.append("mixed scales together with token reduction are not implemented")
+        if reduction is not None:
+            if reduction.blocks[-1] >= self.num_layers:
+                problems.append(f"reduction in block {reduction.blocks[-1]} of {self.num_layers}")
+            if self.width is not None:
+                problems.append("token reduction together with adaptive width is not implemented")
+            if self.prefix_tokens < 1 and reduction.method != "tome":
+                problems.append(f"{reduction.method} needs a class row")
+        return problems
 
     @property
     def head_dim(self) -> int:

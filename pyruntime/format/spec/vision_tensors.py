@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 from pyruntime.format.spec.tensors import Dtype, TensorSpec
 from pyruntime.format.spec.vision import ExitSpec, VisionSpec
 
@@ -11,6 +14,7 @@ T2T_FEATURES = 32  # random features of their performer attention
 # stem has the geometry of the second.
 T2T_LAYERS = ((147, 7, 4, 2), (9 * T2T_WIDTH, 3, 2, 1))
 T2T_PATCH = 16
+_Add = Callable[..., None]  # appends the tensors of a module: name, shape, options
 
 
 def vision_tensors(spec: VisionSpec) -> list[TensorSpec]:
@@ -57,6 +61,7 @@ def vision_tensors(spec: VisionSpec) -> list[TensorSpec]:
             matrix(f"{layer}.up", T2T_WIDTH, T2T_WIDTH, dtype="float32")
             matrix(f"{layer}.down", T2T_WIDTH, T2T_WIDTH, dtype="float32")
         matrix("stem.project", d, 9 * T2T_WIDTH, dtype="float32")
+    _scale_tensors(spec, matrix, vector, norm)
     if spec.prefix_tokens:
         vector("prefix", spec.prefix_tokens, d)
     rows, columns = spec.grid
@@ -82,6 +87,7 @@ def vision_tensors(spec: VisionSpec) -> list[TensorSpec]:
         else:
             matrix(f"{mlp}.up", spec.mlp_size, d)
             matrix(f"{mlp}.down", d, spec.mlp_size)
+    _reduction_tensors(spec, matrix, norm)
     norm("norm")
     matrix("head", classes, 2 * d if spec.pool == "class_mean" else d, dtype="float32")
     if spec.pool == "distilled":
@@ -100,6 +106,46 @@ def vision_tensors(spec: VisionSpec) -> list[TensorSpec]:
             vector(f"{name}.ensemble.weight", j + 1)
             vector(f"{name}.ensemble.bias", classes)
     return found
+
+
+def _scale_tensors(spec: VisionSpec, matrix: _Add, vector: _Add, norm: _Add) -> None:
+    """Of the gate (float32) and of the projections of coarser patches."""
+    scales, d = spec.scales, spec.hidden_size
+    if scales is None:
+        return
+    channels, gate = len(spec.preprocess.mean), scales.gate
+    sides = [ratio * spec.patch_size for ratio in scales.ratios]
+    if gate is not None:
+        widths = (channels * sides[-1] ** 2, *gate.widths, 1)
+        for i, (before, after) in enumerate(itertools.pairwise(widths)):
+            matrix(f"gate.fc{i}", after, before, dtype="float32")
+        if gate.norms:
+            for i, width in enumerate(gate.widths):
+                norm(f"gate.norm{i}", width)
+        if gate.positions:
+            rows, columns = spec.grid
+            regions = rows * columns // scales.ratios[-1] ** 2
+            vector("gate.positions", regions, gate.widths[0])
+    if scales.embed == "separate":
+        for j, side in enumerate(sides):
+            read = side if scales.kernel == "region" else spec.patch_size
+            matrix(f"coarse.{j}", d, channels * read**2, bias=spec.patch_bias)
+    elif scales.embed == "conv":
+        matrix("conv", d, 4 * d)
+        matrix("zero", d, d)
+
+
+def _reduction_tensors(spec: VisionSpec, matrix: _Add, norm: _Add) -> None:
+    """Of DynamicViT's predictors (float32): what they decide changes the number of rows."""
+    reduction, d = spec.reduction, spec.hidden_size
+    if reduction is None or reduction.method != "dynamicvit":
+        return
+    for i in range(len(reduction.blocks)):
+        name = f"reduce.{i}"
+        norm(f"{name}.in.norm", d)
+        matrix(f"{name}.in", d, d, dtype="float32")
+        for j, (rows, columns) in enumerate(((d // 2, d), (d // 4, d // 2), (2, d // 4))):
+            matrix(f"{name}.out.{j}", rows, columns, dtype="float32")
 
 
 def exit_rows(spec: VisionSpec, exit_: ExitSpec) -> int:
