@@ -100,7 +100,7 @@ def measure(
         arms[f"block {n}"] = parts.stage(0, n)
         arms[f"last {n}"] = parts.stage(count, n)
         arms[f"exit {n}"] = parts.exit(n)
-    samples = alternate({key: _settled(arm) for key, arm in arms.items()}, rounds, seconds)
+    samples = alternate({key: settled(arm) for key, arm in arms.items()}, rounds, seconds)
 
     def share(part: str, n: int) -> float:
         """Of the dense time; between the numbers that were measured, on a straight line."""
@@ -144,7 +144,7 @@ def measure(
         )  # fmt: skip
 
 
-def _settled(arm: Arm) -> Arm:
+def settled(arm: Arm) -> Arm:
     def run() -> float:
         time.sleep(SETTLE)
         return arm()

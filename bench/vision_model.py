@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyruntime.format.load import Container
 from pyruntime.format.manifest import Manifest
-from pyruntime.format.spec import ExitSpec, Preprocess, VisionSpec, vision_tensors
+from pyruntime.format.spec import ExitSpec, Preprocess, ScaleSpec, VisionSpec, vision_tensors
 from pyruntime.ops.weight import Weight
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -36,6 +36,7 @@ def container(
     exits: bool = True,
     image_size: int = 224,
     classes: int = 1000,
+    scales: ScaleSpec | None = None,
 ) -> Container:
     """A model folder that never was on a disk: random weights, an exit after every block."""
     shape = SHAPES[name]
@@ -43,7 +44,8 @@ def container(
     spec = VisionSpec(
         source_family="random", image_size=(image_size, image_size), patch_size=16,
         num_classes=classes, prefix_tokens=1, preprocess=Preprocess((0.5,) * 3, (0.5,) * 3),
-        exits=tuple(ExitSpec(block, "jei_dnn", 1.0) for block in after), dtype=dtype, **shape,
+        exits=tuple(ExitSpec(block, "jei_dnn", 1.0) for block in after), scales=scales,
+        dtype=dtype, **shape,
     )  # fmt: skip
     random = torch.Generator().manual_seed(1)
     tensors: dict[str, Tensor | Weight] = {}

@@ -73,6 +73,7 @@ class VisionExit:
         head: of a row [D], or [D + C] behind a `cascade`; norms the row itself, if anything does.
         rule: see `pyruntime.ops.ExitRule`.
         mean_from: None reads the class row; P reads the mean of all rows but the first P.
+        by_area: in that mean a row counts as often as the finest patches that it stands for.
         cascade: norm of the logits of the exit before, which the head also reads, or None.
         norm: of the row of a cascade, or None.
         sums: logits are added to those of the exit before.
@@ -84,6 +85,7 @@ class VisionExit:
     head: ExitHead
     rule: ExitRule
     mean_from: int | None = None
+    by_area: bool = False
     cascade: LayerNorm | None = None
     norm: LayerNorm | None = None
     sums: bool = False
@@ -122,7 +124,7 @@ class VisionExit:
         x: Tensor = packed.x
         rows: Tensor | None = packed.first_rows
         if self.mean_from is not None:
-            x, rows = mean_rows(packed, self.mean_from), None
+            x, rows = mean_rows(packed, self.mean_from, self.by_area), None
         if self.cascade is None:
             return x, rows
         if self.norm is not None:
@@ -155,12 +157,23 @@ def _head_logits(ops: ModuleType, head: ExitHead, x: Tensor, rows: Tensor | None
     return logits
 
 
-def mean_rows(packed: Packed, skip: int) -> Tensor:
+def mean_rows(packed: Packed, skip: int, by_area: bool = False) -> Tensor:
     """Mean of the rows of every image but its first `skip`, float32 [n, D].
 
     Image by image: the bits of one do not depend on how many there are.
+
+    Args:
+        by_area: a row counts as often as the finest patches that it stands for.
     """
-    means = [rows[skip:].float().mean(0) for rows in packed.x.split(packed.lengths)]
+    images = packed.x.split(packed.lengths)
+    if by_area and packed.sizes is not None:
+        shares = packed.sizes.split(packed.lengths)
+        means = [
+            (rows[skip:].float() * share[skip:, None]).sum(0) / share[skip:].sum()
+            for rows, share in zip(images, shares, strict=True)
+        ]
+    else:
+        means = [rows[skip:].float().mean(0) for rows in images]
     return torch.stack(means) if means else packed.x.new_empty(0, packed.x.shape[1]).float()
 
 

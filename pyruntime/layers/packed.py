@@ -21,10 +21,15 @@ class Packed:
     Attributes:
         x: [T, D], the hidden states.
         cu_seqlens: int32 [n + 1], where each image begins; ``cu_seqlens[n] == T``.
+        sizes: float32 [T], how many finest patches a row stands for; None: 1, or nobody asks.
+        began: int32 [n], patch rows that each image began with, where rows leave on the way; else
+            None.
     """
 
     x: Tensor
     cu_seqlens: Tensor
+    sizes: Tensor | None = None
+    began: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -56,21 +61,29 @@ class Packed:
         if plan.is_all:
             return self
         length = self.lengths[0]
+        kept = plan.rows.long()
+        began = None if self.began is None else self.began[kept]
         if self.lengths.count(length) == self.count:  # an image is one wide row
             wide = ops.compact(self.x.view(self.count, -1), plan)
-            return Packed(wide.view(-1, self.x.shape[1]), self.cu_seqlens[: len(wide) + 1])
-        kept = plan.rows.long()
-        sizes = self.cu_seqlens.diff()[kept]
-        ends = F.pad(sizes.cumsum(0, dtype=torch.int32), (1, 0))
+            sizes = None
+            if self.sizes is not None:
+                sizes = self.sizes.view(self.count, -1)[kept].flatten()
+            ends = self.cu_seqlens[: len(wide) + 1]
+            return Packed(wide.view(-1, self.x.shape[1]), ends, sizes, began)
+        lengths = self.cu_seqlens.diff()[kept]
+        ends = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         total = int(ends[-1])
         # Row r of the result lies as far behind its image's first row as before.
-        shift = torch.repeat_interleave(self.cu_seqlens[kept] - ends[:-1], sizes, output_size=total)
+        shift = torch.repeat_interleave(
+            self.cu_seqlens[kept] - ends[:-1], lengths, output_size=total
+        )
         rows = torch.arange(total, dtype=torch.int32) + shift
         offsets = torch.tensor([0, total], dtype=torch.int32)
         inverse = torch.full((self.x.shape[0], 1), -1, dtype=torch.int32)
         inverse[rows.long(), 0] = torch.arange(total, dtype=torch.int32)
         packed = Plan(rows, offsets, None, inverse, self.x.shape[0], total)
-        return Packed(ops.compact(self.x, packed), ends)
+        sizes = None if self.sizes is None else self.sizes[rows.long()]
+        return Packed(ops.compact(self.x, packed), ends, sizes, began)
 
     @staticmethod
     def join(parts: Sequence[Packed]) -> Packed:
@@ -78,10 +91,24 @@ class Packed:
         if len(parts) == 1:
             return parts[0]
         x = torch.cat([part.x for part in parts])
-        return Packed.of(x, [length for part in parts for length in part.lengths])
+        whole = Packed.of(x, [length for part in parts for length in part.lengths])
+        sizes, began = (
+            _joined([getattr(part, name) for part in parts]) for name in ("sizes", "began")
+        )
+        return Packed(whole.x, whole.cu_seqlens, sizes, began)
 
     def slice(self, start: int, stop: int) -> Packed:
         """Images start to stop; `x` is a view."""
         ends = self.cu_seqlens[start : stop + 1]
         first, last = int(ends[0]), int(ends[-1])
-        return Packed(self.x[first:last], ends - first)
+        return Packed(
+            self.x[first:last],
+            ends - first,
+            None if self.sizes is None else self.sizes[first:last],
+            None if self.began is None else self.began[start:stop],
+        )
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    held = [part for part in parts if part is not None]
+    return torch.cat(held) if held else None

@@ -6,7 +6,10 @@ like everywhere in the field: norms, activations, softmax, adds.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,11 +30,11 @@ class VisionCost:
     """Multiply-accumulates of the parts of one model, for one image.
 
     Learners of adaptive width are counted as they run (`VisionTransformer.run_stage`); the parts
-    here hold their gates alone.
+    here hold their gates alone. Token reduction is counted as it runs, too.
 
     Attributes:
         stages: the blocks of every stage.
-        stem: from pixels to tokens.
+        stem: from pixels to tokens, of an image of the spec's size that is all fine.
         block: of an image of the spec's size.
         last_block: the last one as it runs: only the rows that the final head reads are updated.
         exits: of every early exit: head, gate and ensemble.
@@ -63,8 +66,8 @@ class VisionCost:
             spec=spec,
             stages=tuple(range(a, b) for a, b in zip(starts, ends, strict=True)),
             stem=_stem(spec),
-            block=_block(spec, spec.tokens, spec.tokens),
-            last_block=_block(spec, spec.tokens, _read_rows(spec, spec.tokens)),
+            block=block_macs(spec, spec.tokens, spec.tokens),
+            last_block=block_macs(spec, spec.tokens, _read_rows(spec, spec.tokens)),
             exits=tuple(exits),
             head=widths * spec.num_classes * spec.hidden_size,
         )
@@ -73,24 +76,43 @@ class VisionCost:
         """The blocks of a stage as they run, for an image of so many rows (None: the spec's)."""
         spec, blocks = self.spec, self.stages[number]
         count = spec.tokens if tokens is None else tokens
-        whole = _block(spec, count, count)
+        whole = block_macs(spec, count, count)
         if blocks.stop < spec.num_layers:
             return len(blocks) * whole
-        return (len(blocks) - 1) * whole + _block(spec, count, _read_rows(spec, count))
+        return (len(blocks) - 1) * whole + block_macs(spec, count, _read_rows(spec, count))
+
+    def stage_of(self, number: int, lengths: Sequence[int]) -> Tensor:
+        """The blocks of a stage for images of these lengths, int64 [n]."""
+        known = {length: self.stage(number, length) for length in set(lengths)}
+        return torch.tensor([known[length] for length in lengths], dtype=torch.int64)
+
+    def embedding(self, patches: Tensor, regions: Tensor | None = None) -> Tensor:
+        """From pixels to tokens, int64 [n].
+
+        Args:
+            patches: integer [n, S], that each image has of every scale, the coarsest first.
+            regions: integer [n], that the gate looked at; None without one.
+        """
+        costs = torch.tensor(patch_macs(self.spec, patches.shape[1]), dtype=torch.int64)
+        found = (patches.long() * costs).sum(1)
+        if regions is not None:
+            found = found + regions.long() * region_macs(self.spec)
+        return found
 
     def image(self, level: int, tokens: int | None = None) -> int:
-        """All an image runs that leaves at exit `level`, or at the final head (G)."""
+        """All an image of finest patches runs that leaves at exit `level`, or at the head (G)."""
         last = len(self.exits)
         if not 0 <= level <= last:
             raise InvalidInput(f"cost: level must lie in 0 .. {last}, is {level}")
         ran = sum(self.stage(number, tokens) for number in range(level + 1))
         heads = sum(self.exits[: level + 1])
-        return self.stem + ran + heads + (self.head if level == last else 0)
+        return self._stem(tokens) + ran + heads + (self.head if level == last else 0)
 
     def dense(self, tokens: int | None = None) -> int:
-        """The backbone without exits, every learner running: what `forward` could run at most."""
+        """The backbone without exits, all patches fine and every learner running: what `forward`
+        could run at most, for an image of so many rows (None: the spec's)."""
         blocks = sum(self.stage(number, tokens) for number in range(len(self.stages)))
-        return self.stem + blocks + self.head + self._all_learners(tokens)
+        return self._stem(tokens) + blocks + self.head + self._all_learners(tokens)
 
     def executed(
         self, levels: Tensor, tokens: Tensor | None = None, learned: Tensor | int = 0
@@ -134,6 +156,11 @@ class VisionCost:
             total += head + gate * (exit_.criterion == "jei_dnn")
         return total + (norm + head if level == last else 0)
 
+    def _stem(self, tokens: int | None) -> int:
+        if tokens is None or self.spec.stem == "t2t":
+            return self.stem
+        return (tokens - self.spec.prefix_tokens) * patch_macs(self.spec, 1)[-1]
+
     def _all_learners(self, tokens: int | None) -> int:
         spec, width = self.spec, self.spec.width
         if width is None:
@@ -160,22 +187,58 @@ def _read_rows(spec: VisionSpec, tokens: int) -> int:
     return last_rows(spec) or tokens
 
 
-def _block(spec: VisionSpec, tokens: int, updated: int) -> int:
-    """A block over `tokens` rows that updates so many of them."""
+Count = TypeVar("Count", int, Tensor)
+
+
+def block_macs(spec: VisionSpec, tokens: Count, updated: Count, fed: Count | None = None) -> Count:
+    """A block over `tokens` rows that updates so many of them; all integers, or all integer [n].
+
+    Args:
+        fed: rows that the feed-forward part sees, where others leave before it; None: `updated`.
+    """
     d, width = spec.hidden_size, spec.width
     each, mlp = d * d, 2 * d * spec.mlp_size  # each of q, k, v and o, for one row
     if width is not None and width.attention_bottleneck:
         each = d * width.learners
     if width is not None and width.mlp_bottleneck:
         mlp = d * (width.learners + 1)
-    return 2 * each * (updated + tokens) + 2 * d * updated * tokens + mlp * updated
+    fed = updated if fed is None else fed
+    return 2 * each * (updated + tokens) + 2 * d * updated * tokens + mlp * fed
+
+
+def patch_macs(spec: VisionSpec, scales: int) -> list[int]:
+    """Embedding one patch of every scale, the coarsest first."""
+    d, channels = spec.hidden_size, len(spec.preprocess.mean)
+    fine = channels * spec.patch_size**2 * d
+    found = [fine] * scales
+    mixed = spec.scales
+    if mixed is None or scales == 1:
+        return found
+    for i, ratio in enumerate(reversed(mixed.ratios)):
+        if mixed.embed == "separate" and mixed.kernel == "region":
+            found[i] = fine * ratio**2
+        elif mixed.embed == "conv":
+            # Its finest patches, a convolution of 2 x 2 on every level above them, and the last.
+            levels = sum((ratio >> step) ** 2 for step in range(1, ratio.bit_length()))
+            found[i] += fine * ratio**2 + levels * 4 * d * d + d * d
+    return found
+
+
+def region_macs(spec: VisionSpec) -> int:
+    """The scale gate for one region."""
+    mixed = spec.scales
+    if mixed is None or mixed.gate is None:
+        return 0
+    pixels = len(spec.preprocess.mean) * (spec.patch_size * mixed.ratios[-1]) ** 2
+    widths = (pixels, *mixed.gate.widths, 1)
+    return sum(a * b for a, b in itertools.pairwise(widths))
 
 
 def _stem(spec: VisionSpec) -> int:
     rows, columns = spec.grid
     d = spec.hidden_size
     if spec.stem == "patch":
-        return rows * columns * len(spec.preprocess.mean) * spec.patch_size**2 * d
+        return rows * columns * patch_macs(spec, 1)[0]
     total = rows * columns * 9 * T2T_WIDTH * d
     for tokens, width in _performers(spec):
         features = 2 * T2T_WIDTH * T2T_FEATURES  # of keys and queries

@@ -12,14 +12,16 @@ from pyruntime.errors import FormatError
 from pyruntime.format.spec import ExitSpec, VisionSpec, WidthSpec
 from pyruntime.format.spec.vision_tensors import T2T_LAYERS, T2T_WIDTH
 from pyruntime.gates.experts.logits import Linear as Logits
+from pyruntime.gates.scale_mlp import ScaleGate, region_positions
 from pyruntime.gates.width import WidthGate
 from pyruntime.layers.adaptive import Adaptive
 from pyruntime.layers.exit_head import Ensemble, VisionExit, constant_head
 from pyruntime.layers.mlp import FeedForward
 from pyruntime.layers.norm import LayerNorm
 from pyruntime.layers.output_rows import output_rows
-from pyruntime.layers.patch_embed import PatchEmbed
+from pyruntime.layers.reduce import Reduction, reductions_of
 from pyruntime.layers.residual import Linear
+from pyruntime.layers.scale_embed import ScaleEmbed
 from pyruntime.layers.t2t import TokenPerformer, TokensToTokens
 from pyruntime.layers.vision_block import (
     AdaptiveProjections,
@@ -43,15 +45,19 @@ class VisionLayers:
     Attributes:
         prefix: float32 [P, D], or None.
         positions: float32 [N, D], of the patches.
+        scale_gate: which regions stay coarse, or None.
+        reductions: of the blocks that rows leave in.
         norm: before the heads.
         heads: of the class row or the mean, then of the distillation row if there is one.
     """
 
-    stem: PatchEmbed | TokensToTokens
+    stem: ScaleEmbed | TokensToTokens
+    scale_gate: ScaleGate | None
     prefix: Tensor | None
     positions: Tensor
     pre_norm: LayerNorm | None
     blocks: tuple[VisionBlock, ...]
+    reductions: Mapping[int, Reduction]
     norm: LayerNorm
     heads: tuple[Linear, ...]
     exits: tuple[VisionExit, ...]
@@ -67,10 +73,12 @@ class VisionLayers:
         heads = ("head", "head_dist") if spec.pool == "distilled" else ("head",)
         return VisionLayers(
             stem=read.stem(),
+            scale_gate=read.scale_gate(),
             prefix=read.vector("prefix") if spec.prefix_tokens else None,
             positions=read.vector("positions"),
             pre_norm=read.norm("pre_norm") if spec.pre_norm else None,
             blocks=tuple(read.block(i) for i in range(spec.num_layers)),
+            reductions=reductions_of(spec, read.norm, read.linear),
             norm=read.norm("norm"),
             heads=tuple(read.linear(name) for name in heads),
             exits=tuple(read.exit(j, exit_) for j, exit_ in enumerate(spec.exits)),
@@ -108,14 +116,31 @@ class _Reader:
             raise FormatError(f"{name}: missing")
         return self._tensors[name]
 
-    def stem(self) -> PatchEmbed | TokensToTokens:
+    def stem(self) -> ScaleEmbed | TokensToTokens:
         if self._spec.stem == "patch":
-            return PatchEmbed(self.linear("stem"), self._spec.patch_size)
+            return ScaleEmbed.of(self._spec, self.linear, self.vector("positions"))
         unfolds = tuple(geometry for _, *geometry in T2T_LAYERS)
         return TokensToTokens(
             layers=tuple(self._performer(f"stem.layers.{i}") for i in range(len(T2T_LAYERS))),
             unfolds=tuple((size, step, pad) for size, step, pad in (*unfolds, unfolds[-1])),
             project=self.linear("stem.project"),
+        )
+
+    def scale_gate(self) -> ScaleGate | None:
+        scales = self._spec.scales
+        if scales is None or scales.gate is None:
+            return None
+        gate = scales.gate
+        layers = (self.linear(f"gate.fc{i}") for i in range(len(gate.widths) + 1))
+        names = (f"gate.norm{i}" for i in range(len(gate.widths) if gate.norms else 0))
+        positions = None
+        if gate.positions:
+            positions = region_positions(self._spec, self.vector("gate.positions"))
+        return ScaleGate(
+            layers=tuple(Logits(*layer) for layer in layers),
+            norms=tuple((self.vector(f"{n}.weight"), self.vector(f"{n}.bias")) for n in names),
+            positions=positions,
+            size=self._spec.patch_size * scales.ratios[-1],
         )
 
     def _performer(self, name: str) -> TokenPerformer:
@@ -160,6 +185,7 @@ class _Reader:
             output=output,
             norm2=self.norm(f"{mlp}.norm"),
             mlp=network,
+            proportional=spec.reduction is not None and spec.reduction.proportional,
         )
 
     def _adaptive(
@@ -214,6 +240,7 @@ class _Reader:
                 exit_.criterion, exit_.strict, self._gate(name, exit_), exit_.composition
             ),
             mean_from=spec.prefix_tokens if exit_.pool == "mean" else None,
+            by_area=spec.scales is not None and spec.scales.pool_weight == "area",
             cascade=self.norm(f"{name}.cascade", _CASCADE_EPS) if exit_.cascade else None,
             norm=norm if exit_.cascade else None,
             sums=exit_.outputs == "sum",

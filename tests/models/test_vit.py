@@ -298,8 +298,10 @@ def test_keeping_all_copies_nothing() -> None:
 
 def test_refusals() -> None:
     model = model_of(spec_of())
-    with pytest.raises(InvalidInput, match=r"float32 \[B, 3, 12, 8\]"):
-        model.embed(torch.zeros(2, 3, 8, 12))
+    with pytest.raises(InvalidInput, match=r"float32 \[B, 3, H, W\]"):
+        model.embed(torch.zeros(2, 1, 12, 8))
+    with pytest.raises(InvalidInput, match="0 x 8 pixels has none"):
+        model.embed(torch.zeros(2, 3, 0, 8))
     with pytest.raises(InvalidInput, match="float64"):
         model.embed(torch.zeros(2, 3, 12, 8, dtype=torch.float64))
     tensors = tensors_of(model.spec)

@@ -134,14 +134,14 @@ class Ran(NamedTuple):
         logits: [B, C]; levels: int64 [B].
         confidences: per exit, of the images that reached it.
         counts: images that ran each stage.
-        learned: int64 [B], of learners.
+        macs: int64 [B], of the blocks.
     """
 
     logits: Tensor
     levels: Tensor
     confidences: list[Tensor]
     counts: list[int]
-    learned: Tensor
+    macs: Tensor
 
 
 @torch.inference_mode()
@@ -177,6 +177,4 @@ def staged(model: VisionTransformer, images: Tensor, limits: Tensor, compact: bo
 
 
 def run(model: VisionTransformer, packed: Packed, stage: int, ids: Tensor, found: Ran) -> None:
-    learned = model.run_stage(packed, stage)
-    if learned is not None:
-        found.learned[ids] += learned
+    found.macs[ids] += model.run_stage(packed, stage).macs

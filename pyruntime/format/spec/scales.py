@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,7 +71,7 @@ class ScaleSpec:
         sides = (1, *self.ratios)
         if not self.ratios:
             problems.append("ratios are missing")
-        if any(b <= a or b % a for a, b in zip(sides, sides[1:], strict=False)):
+        if any(b <= a or b % a for a, b in itertools.pairwise(sides)):
             problems.append(f"ratios must rise and divide one another, are {list(self.ratios)}")
         if self.gate is not None and len(self.ratios) != 1:
             problems.append("a learned gate knows two scales only")
