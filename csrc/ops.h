@@ -2,6 +2,8 @@
 // count may be zero (then nothing is read or written). Rows are contiguous.
 #pragma once
 
+#include <string>
+
 #include "core/plan.h"
 
 namespace pyrt {
@@ -113,6 +115,7 @@ struct NormArgs {
   int64_t rows, width;
   float eps;
   DType dtype, out_dtype;
+  bool gelu;  // of the result, before it is rounded: layer_norm only
 };
 
 // Patches of images as rows: out[(b, i, j)][(c, y, x)] = x[b][c][i * stride - padding + y][...], 0
@@ -126,6 +129,45 @@ struct PatchArgs {
 
   int64_t down() const { return (height + 2 * padding - size) / stride + 1; }
   int64_t across() const { return (width + 2 * padding - size) / stride + 1; }
+};
+
+// R squares of images of any sizes, each shrunk to size x size pixels: a patch, laid out (c, y, x).
+// What lies outside of an image is 0.
+struct SquaresView {
+  const float* pixels;
+  const int64_t* table;   // [B, 3]: first element of [C, H, W], H, W
+  const int32_t* places;  // [R, 4]: image, top, left, ratio >= 1; the side is ratio * size
+  int64_t elements, images, channels, rows, size;
+  bool bilinear;  // mean of the middle 2 x 2 or 1 x 1 pixels of a ratio x ratio block, not of all
+
+  int64_t width() const { return channels * size * size; }  // of a patch
+};
+
+constexpr int64_t kMaxRatio = 256;
+
+// Why the squares must not be read: an image that is not inside pixels, a place without an image or
+// with a bad ratio. "" if they may.
+std::string problem(const SquaresView& squares);
+
+struct GatherPatchArgs {
+  SquaresView squares;
+  void* out;  // [R, C * size * size]
+  DType out_dtype;
+};
+
+// out[out_rows[r]] = epilogue(W patch(r) + bias + positions[position_rows[r]]); patches are rounded
+// to the weight's dtype, sums are float32.
+struct EmbedArgs {
+  SquaresView squares;
+  const void* weight;            // panels of one matrix [D, C * size * size]
+  const float* bias;             // [D] or null
+  const float* positions;        // [*, D] or null
+  const int32_t* position_rows;  // [R] with positions
+  void* out;                     // [*, D]
+  const int32_t* out_rows;       // [R], distinct, or null for the identity
+  int64_t columns;               // D
+  DType weight_dtype, out_dtype;
+  Epilogue epilogue;  // kNone or kGelu
 };
 
 // In place on x [N, H] float32: sigmoid; mean[n] = average of the row.
@@ -255,6 +297,8 @@ struct Kernels {
   void (*rms_norm)(const NormArgs&);
   void (*layer_norm)(const NormArgs&);
   void (*patches)(const PatchArgs&);
+  void (*gather_patches)(const GatherPatchArgs&);
+  void (*embed_patches)(const EmbedArgs&);
   void (*gate)(const GateArgs&);
   void (*append)(const AppendArgs&);
   void (*rotate)(const RotateArgs&);

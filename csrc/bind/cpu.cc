@@ -6,6 +6,7 @@
 #endif
 
 #include <cstdlib>
+#include <string>
 
 #include "ops.h"
 
@@ -34,6 +35,15 @@ bool cuts(const int32_t* boundaries, int64_t count, int64_t rows) {
   for (int64_t i = 0; i < count; ++i)
     if (boundaries[i] > boundaries[i + 1]) return false;
   return boundaries[0] == 0 && boundaries[count] == rows;
+}
+
+// What of rows [count] is not in [0, end), or "".
+std::string outside(const char* name, const int32_t* rows, int64_t count, int64_t end) {
+  for (int64_t i = 0; rows && i < count; ++i)
+    if (rows[i] < 0 || rows[i] >= end)
+      return std::string(name) + " must lie in [0, " + std::to_string(end) + "), got " +
+             std::to_string(rows[i]);
+  return "";
 }
 
 // Activations are allocated and freed all the time. By default glibc gives them back to the kernel
@@ -147,28 +157,31 @@ PYBIND11_MODULE(_cpu, m) {
                         width,
                         eps,
                         DType(dtype),
-                        DType(dtype)};
+                        DType(dtype),
+                        false};
     py::gil_scoped_release unlocked;
     kernels().rms_norm(args);
   });
-  m.def("layer_norm", [](Address x, Address source, Address weight, Address bias, Address out,
-                         int64_t rows, int64_t width, float eps, int dtype, int out_dtype) {
-    const NormArgs args{at<void>(x),
-                        at<int32_t>(source),
-                        at<float>(weight),
-                        at<float>(bias),
-                        at<void>(out),
-                        nullptr,
-                        0.0f,
-                        nullptr,
-                        rows,
-                        width,
-                        eps,
-                        DType(dtype),
-                        DType(out_dtype)};
-    py::gil_scoped_release unlocked;
-    kernels().layer_norm(args);
-  });
+  m.def("layer_norm",
+        [](Address x, Address source, Address weight, Address bias, Address out, int64_t rows,
+           int64_t width, float eps, int dtype, int out_dtype, bool gelu) {
+          const NormArgs args{at<void>(x),
+                              at<int32_t>(source),
+                              at<float>(weight),
+                              at<float>(bias),
+                              at<void>(out),
+                              nullptr,
+                              0.0f,
+                              nullptr,
+                              rows,
+                              width,
+                              eps,
+                              DType(dtype),
+                              DType(out_dtype),
+                              gelu};
+          py::gil_scoped_release unlocked;
+          kernels().layer_norm(args);
+        });
   m.def("patches", [](Address x, Address out, int64_t images, int64_t channels, int64_t height,
                       int64_t width, int64_t size, int64_t stride, int64_t padding,
                       bool channels_last, int dtype, int out_dtype) {
@@ -178,6 +191,50 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release unlocked;
     kernels().patches(args);
   });
+  // These two return "", or what is wrong with their indices: nothing was computed then.
+  m.def("gather_patches",
+        [](Address pixels, int64_t elements, Address table, int64_t images, int64_t channels,
+           Address places, int64_t rows, int64_t size, bool bilinear, Address out, int out_dtype) {
+          const SquaresView squares{at<float>(pixels),
+                                    at<int64_t>(table),
+                                    at<int32_t>(places),
+                                    elements,
+                                    images,
+                                    channels,
+                                    rows,
+                                    size,
+                                    bilinear};
+          py::gil_scoped_release unlocked;
+          std::string wrong = problem(squares);
+          if (wrong.empty()) kernels().gather_patches({squares, at<void>(out), DType(out_dtype)});
+          return wrong;
+        });
+  m.def("embed_patches",
+        [](Address pixels, int64_t elements, Address table, int64_t images, int64_t channels,
+           Address places, int64_t rows, int64_t size, bool bilinear, Address weight,
+           int weight_dtype, Address bias, Address positions, int64_t position_count,
+           Address position_rows, bool gelu, Address out, int out_dtype, int64_t out_count,
+           int64_t columns, Address out_rows) {
+          const EmbedArgs args{{at<float>(pixels), at<int64_t>(table), at<int32_t>(places),
+                                elements, images, channels, rows, size, bilinear},
+                               at<void>(weight),
+                               at<float>(bias),
+                               at<float>(positions),
+                               at<int32_t>(position_rows),
+                               at<void>(out),
+                               at<int32_t>(out_rows),
+                               columns,
+                               DType(weight_dtype),
+                               DType(out_dtype),
+                               gelu ? Epilogue::kGelu : Epilogue::kNone};
+          py::gil_scoped_release unlocked;
+          std::string wrong = problem(args.squares);
+          if (wrong.empty())
+            wrong = outside("position_rows", args.position_rows, rows, position_count);
+          if (wrong.empty()) wrong = outside("out_rows", args.out_rows, rows, out_count);
+          if (wrong.empty()) kernels().embed_patches(args);
+          return wrong;
+        });
   m.def("gate", [](Address x, Address mean, int64_t rows, int64_t width) {
     py::gil_scoped_release unlocked;
     kernels().gate({at<float>(x), at<float>(mean), rows, width});

@@ -12,8 +12,8 @@ namespace {
 #define PYRT_KERNELS(isa)                                                                      \
   Kernels {                                                                                    \
     #isa, isa::choose_topk, isa::combine, isa::segment_matmul, isa::rms_norm, isa::layer_norm, \
-        isa::patches, isa::gate, isa::append, isa::rotate, isa::attention, isa::plan_exit,     \
-        isa::attention_varlen                                                                  \
+        isa::patches, isa::gather_patches, isa::embed_patches, isa::gate, isa::append,         \
+        isa::rotate, isa::attention, isa::plan_exit, isa::attention_varlen                     \
   }
 
 struct Build {

@@ -3,20 +3,22 @@
 
 #include "ops.h"
 
-#define PYRT_DECLARE(isa)                   \
-  namespace pyrt::isa {                     \
-  void choose_topk(const TopKArgs&);        \
-  void combine(const CombineArgs&);         \
-  void segment_matmul(const MatmulArgs&);   \
-  void rms_norm(const NormArgs&);           \
-  void layer_norm(const NormArgs&);         \
-  void patches(const PatchArgs&);           \
-  void gate(const GateArgs&);               \
-  void append(const AppendArgs&);           \
-  void rotate(const RotateArgs&);           \
-  void attention(const AttentionArgs&);     \
-  int64_t plan_exit(const ExitArgs&);       \
-  void attention_varlen(const VarlenArgs&); \
+#define PYRT_DECLARE(isa)                      \
+  namespace pyrt::isa {                        \
+  void choose_topk(const TopKArgs&);           \
+  void combine(const CombineArgs&);            \
+  void segment_matmul(const MatmulArgs&);      \
+  void rms_norm(const NormArgs&);              \
+  void layer_norm(const NormArgs&);            \
+  void patches(const PatchArgs&);              \
+  void gather_patches(const GatherPatchArgs&); \
+  void embed_patches(const EmbedArgs&);        \
+  void gate(const GateArgs&);                  \
+  void append(const AppendArgs&);              \
+  void rotate(const RotateArgs&);              \
+  void attention(const AttentionArgs&);        \
+  int64_t plan_exit(const ExitArgs&);          \
+  void attention_varlen(const VarlenArgs&);    \
   }
 
 PYRT_DECLARE(portable)

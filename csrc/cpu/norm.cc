@@ -37,12 +37,14 @@ void norm_row(const NormArgs& args, int64_t n) {
   for (int64_t h = 0; h < whole; h += 16) {
     f32x16 y = normed(load(x + h), load(args.weight + h));
     if (kCentred) y += load(args.bias + h);
+    if (kCentred && args.gelu) y = gelu(y);
     store(out + h, y);
     if (!kCentred && args.probe) dot += load(out + h) * load(args.probe + h);
   }
   if (rest) {
     f32x16 y = normed(load_part(x + whole, rest), load_part(args.weight + whole, rest));
     if (kCentred) y += load_part(args.bias + whole, rest);
+    if (kCentred && args.gelu) y = gelu(y);
     store_part(out + whole, y, rest);
     if (!kCentred && args.probe)
       dot += load_part(out + whole, rest) * load_part(args.probe + whole, rest);

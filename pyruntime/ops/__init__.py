@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyruntime.ops.backend import backend
 from pyruntime.ops.exit import ExitHead, ExitRule
+from pyruntime.ops.pixels import Pixels
 from pyruntime.ops.topk import TopK
 from pyruntime.ops.weight import Weight
 from pyruntime.plan import Plan
@@ -21,13 +22,16 @@ from pyruntime.plan import Plan
 __all__ = [
     "ExitHead",
     "ExitRule",
+    "Pixels",
     "TopK",
     "Weight",
     "attention_varlen",
     "backend",
     "combine",
     "compact",
+    "embed_patches",
     "gather",
+    "gather_patches",
     "layer_norm",
     "patches",
     "plan_exit",
@@ -105,9 +109,11 @@ def layer_norm(
     eps: float,
     rows: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    epilogue: str = "none",
 ) -> Tensor:
     """See `pyruntime.ops.reference.layer_norm`."""
-    return cast(Tensor, backend(x.device).layer_norm(x, weight, bias, eps, rows, out_dtype))
+    ops = backend(x.device)
+    return cast(Tensor, ops.layer_norm(x, weight, bias, eps, rows, out_dtype, epilogue))
 
 
 def patches(
@@ -127,6 +133,43 @@ def patches(
             images, size, stride, padding, channels_last=channels_last, out_dtype=out_dtype
         ),
     )
+
+
+def gather_patches(
+    pixels: Pixels,
+    places: Tensor,
+    size: int,
+    resize: str = "area",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """See `pyruntime.ops.reference.gather_patches`."""
+    ops = backend(pixels.data.device)
+    return cast(Tensor, ops.gather_patches(pixels, places, size, resize, out_dtype))
+
+
+def embed_patches(
+    pixels: Pixels,
+    places: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    *,
+    size: int,
+    resize: str = "area",
+    positions: Tensor | None = None,
+    position_rows: Tensor | None = None,
+    epilogue: str = "none",
+    out: Tensor,
+    out_rows: Tensor | None = None,
+) -> Tensor:
+    """See `pyruntime.ops.reference.embed_patches`."""
+    ops = backend(pixels.data.device)
+    return cast(
+        Tensor,
+        ops.embed_patches(
+            pixels, places, weight, bias, size=size, resize=resize, positions=positions,
+            position_rows=position_rows, epilogue=epilogue, out=out, out_rows=out_rows,
+        ),
+    )  # fmt: skip
 
 
 def segment_matmul(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pyruntime.ops.native.attention import append, attention, rotate
 from pyruntime.ops.native.binding import isa
 from pyruntime.ops.native.compute import segment_matmul
+from pyruntime.ops.native.embed import embed_patches, gather_patches
 from pyruntime.ops.native.exit import plan_exit
 from pyruntime.ops.native.move import combine, compact, gather
 from pyruntime.ops.native.norm import gate, layer_norm, rms_norm
@@ -21,8 +22,10 @@ __all__ = [
     "attention_varlen",
     "combine",
     "compact",
+    "embed_patches",
     "gate",
     "gather",
+    "gather_patches",
     "isa",
     "layer_norm",
     "patches",

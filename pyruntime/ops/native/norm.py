@@ -47,6 +47,7 @@ def layer_norm(
     eps: float,
     rows: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    epilogue: str = "none",
 ) -> Tensor:
     """Centred norm with a bias; see `pyruntime.ops.reference.layer_norm`."""
     code = check_float("layer_norm", "x", x, 2)
@@ -61,6 +62,8 @@ def layer_norm(
     to = out_dtype or x.dtype
     if to not in CODES:
         raise InvalidInput(f"layer_norm: out_dtype must be float32 or bfloat16, got {to}")
+    if epilogue not in ("none", "gelu"):
+        raise InvalidInput(f"layer_norm: epilogue must be none or gelu, got {epilogue!r}")
     out = torch.empty(count, width, dtype=to)
     cpu.layer_norm(
         x.data_ptr(),
@@ -73,6 +76,7 @@ def layer_norm(
         eps,
         code,
         CODES[to],
+        epilogue == "gelu",
     )
     return out
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pyruntime.ops.reference.attention import BLOCK, append, attention, read_cache, rotate
 from pyruntime.ops.reference.compute import segment_matmul
+from pyruntime.ops.reference.embed import embed_patches, gather_patches
 from pyruntime.ops.reference.exit import plan_exit
 from pyruntime.ops.reference.move import combine, compact, gather
 from pyruntime.ops.reference.norm import gate, layer_norm, rms_norm
@@ -21,8 +22,10 @@ __all__ = [
     "attention_varlen",
     "combine",
     "compact",
+    "embed_patches",
     "gate",
     "gather",
+    "gather_patches",
     "layer_norm",
     "patches",
     "plan_exit",

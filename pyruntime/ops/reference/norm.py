@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyruntime.errors import InvalidInput
+
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, probe: Tensor | None = None, probe_bias: float = 0.0
@@ -30,6 +32,7 @@ def layer_norm(
     eps: float,
     rows: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    epilogue: str = "none",
 ) -> Tensor:
     """Centred norm of x [N, H], computed in float32 and rounded once (Ba et al. 2016).
 
@@ -39,12 +42,19 @@ def layer_norm(
         rows: int32 [R] in [0, N): only these rows of x, in this order (the class rows before a
             head); None for all.
         out_dtype: of the result, x's by default.
+        epilogue: none, or gelu (erf) of the norm.
 
     Returns:
         [N, H], or [R, H] with ``rows``.
+
+    Raises:
+        InvalidInput: unknown epilogue.
     """
+    if epilogue not in ("none", "gelu"):
+        raise InvalidInput(f"layer_norm: epilogue must be none or gelu, got {epilogue!r}")
     wide = (x if rows is None else x[rows.long()]).float()
-    return F.layer_norm(wide, weight.shape, weight, bias, eps).to(out_dtype or x.dtype)
+    normed = F.layer_norm(wide, weight.shape, weight, bias, eps)
+    return (F.gelu(normed) if epilogue == "gelu" else normed).to(out_dtype or x.dtype)
 
 
 def gate(logits: Tensor) -> Tensor:

@@ -1,0 +1,238 @@
+// Squares of images, shrunk to patches: the rows of a convolution, and of a mixed-scale ViT.
+// Limit: one read of the pixels and one write of the rows.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+
+#include "cpu/scratch.h"
+#include "cpu/simd.h"
+#include "ops.h"
+
+namespace pyrt::PYRT_ISA {
+namespace {
+
+// The square of side ratio * size at (top, left) of an image [C, H, W]; it may lie outside.
+template <class In>
+struct Square {
+  const In* image;
+  int64_t height, width, top, left, ratio;
+
+  const In* line(int64_t channel, int64_t y) const {  // where it is inside
+    return image + (channel * height + top + y) * width + left;
+  }
+  bool inside(int64_t side) const {
+    return top >= 0 && left >= 0 && top + side <= height && left + side <= width;
+  }
+};
+
+inline Square<float> square_of(const SquaresView& view, int64_t row) {
+  const int32_t* place = view.places + 4 * row;
+  const int64_t* image = view.table + 3 * place[0];
+  return {view.pixels + image[0], image[1], image[2], place[1], place[2], place[3]};
+}
+
+// The pixels of every block that a mean reads: lines and columns first .. end of its ratio ones.
+struct Taps {
+  int64_t first, end;
+  float share;  // of one of them in the mean
+
+  Taps(int64_t ratio, bool bilinear)
+      : first(bilinear ? (ratio - 1) / 2 : 0),
+        end(bilinear ? ratio / 2 + 1 : ratio),
+        share(1.0f / float((end - first) * (end - first))) {}
+};
+
+constexpr i32x16 kEven = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+constexpr i32x16 kOdd = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+
+// to[d] = every R-th of `count` floats, from the d-th on.
+template <int R>
+inline void comb(const float* from, int64_t count, f32x16 (&to)[R]) {
+  if constexpr (R == 1) {
+    to[0] = count >= 16 ? load(from) : load_part(from, std::max<int64_t>(count, 0));
+  } else {
+    f32x16 lower[R / 2], upper[R / 2];
+    comb<R / 2>(from, count, lower);
+    comb<R / 2>(from + 8 * R, count - 8 * R, upper);
+#pragma GCC unroll 8
+    for (int d = 0; d < R / 2; ++d) {
+      to[d] = __builtin_shuffle(lower[d], upper[d], kEven);
+      to[d + R / 2] = __builtin_shuffle(lower[d], upper[d], kOdd);
+    }
+  }
+}
+
+// A mean starts from its first pixel, not from 0, and adds line by line and left to right.
+inline f32x16 plus(f32x16 total, f32x16 value, bool first) { return first ? value : total + value; }
+
+// Up to 16 means of whole blocks of R x R.
+template <int R>
+inline f32x16 mean_of(const float* line, int64_t step, int64_t count) {
+  f32x16 total{};
+#pragma GCC unroll 2
+  for (int64_t dy = 0; dy < R; ++dy, line += step) {
+    f32x16 pixels[R];
+    comb<R>(line, count * R, pixels);
+#pragma GCC unroll 8
+    for (int dx = 0; dx < R; ++dx) total = plus(total, pixels[dx], dy == 0 && dx == 0);
+  }
+  return total;
+}
+
+inline f32x16 mean_of(const float* line, int64_t step, int64_t count, int64_t ratio,
+                      const Taps& taps) {
+  f32x16 total{};
+  for (int64_t dy = taps.first; dy < taps.end; ++dy)
+    for (int64_t dx = taps.first; dx < taps.end; ++dx) {
+      const float* from = line + dy * step + dx;
+      f32x16 pixels{};
+      for (int64_t i = 0; i < count; ++i) pixels[i] = from[i * ratio];
+      total = plus(total, pixels, dy == taps.first && dx == taps.first);
+    }
+  return total;
+}
+
+template <class In, class Out>
+inline void copy(const In* from, int64_t count, Out* to) {
+  for (; count >= 16; count -= 16, from += 16, to += 16) store(to, load(from));
+  if (count > 0) store_part(to, load_part(from, count), count);
+}
+
+// One line of a patch from the lines of its blocks, `step` apart.
+template <class Out>
+inline void shrink(const float* line, int64_t step, int64_t size, int64_t ratio, const Taps& taps,
+                   Out* out) {
+  const bool all = taps.end - taps.first == ratio;
+  for (int64_t x = 0; x < size; x += 16, line += 16 * ratio, out += 16) {
+    const int64_t count = std::min<int64_t>(size - x, 16);
+    const f32x16 total = all && ratio == 2   ? mean_of<2>(line, step, count)
+                         : all && ratio == 4 ? mean_of<4>(line, step, count)
+                         : all && ratio == 8 ? mean_of<8>(line, step, count)
+                                             : mean_of(line, step, count, ratio, taps);
+    store_part(out, total * taps.share, count);
+  }
+}
+
+// Lines y .. y + count of a square that is not all inside, each of `side` pixels, completed by 0.
+template <class In>
+inline void pad_lines(const Square<In>& square, int64_t channel, int64_t y, int64_t count,
+                      int64_t side, In* to) {
+  const int64_t from = std::clamp<int64_t>(-square.left, 0, side);
+  const int64_t end = std::clamp<int64_t>(square.width - square.left, from, side);
+  for (; count-- > 0; ++y, to += side) {
+    const int64_t line = square.top + y;
+    const bool empty = line < 0 || line >= square.height || from == end;
+    std::fill_n(to, empty ? side : from, In(0));
+    if (empty) continue;
+    copy(square.line(channel, y) + from, end - from, to + from);
+    std::fill_n(to + end, side - end, In(0));
+  }
+}
+
+constexpr int64_t kAhead = 2;  // patches that are fetched before they are copied (measured)
+constexpr int64_t kStreamBytes = 12 << 20;  // of a result that no cache will hold
+
+// Patches of one shape: kSize is the usual one of them, unrolled, or 0.
+template <int kSize, class In, class Out>
+class Patcher {
+ public:
+  Patcher(int64_t channels, int64_t size, bool bilinear)
+      : channels_(channels), size_(size), bilinear_(bilinear) {}
+
+  int64_t size() const { return kSize ? kSize : size_; }
+  int64_t width() const { return channels_ * size() * size(); }
+
+  // out [C, size, size] of the square; the lines of another, that comes later, are fetched.
+  void write(const Square<In>& square, const Square<In>& later, Out* out) const {
+    const int64_t size = this->size(), ratio = square.ratio, side = ratio * size;
+    const Taps taps(ratio, bilinear_), fetched(later.ratio, bilinear_);
+    const bool inside = square.inside(side);
+    static thread_local Scratch scratch;
+    In* padded = inside ? nullptr : scratch.take<In>(ratio * side);
+    for (int64_t c = 0; c < channels_; ++c)
+      for (int64_t y = 0; y < size; ++y, out += size) {
+        for (int64_t dy = fetched.first; dy < fetched.end; ++dy) {
+          const In* line = later.line(c, y * later.ratio + dy);
+          for (int64_t x = 0; x < size * later.ratio; x += 64 / sizeof(In))
+            __builtin_prefetch(line + x);
+        }
+        const In* lines = square.line(c, y * ratio);
+        int64_t step = square.width;
+        if (!inside) {
+          pad_lines(square, c, y * ratio, ratio, side, padded);
+          lines = padded, step = side;
+        }
+        if (ratio == 1)
+          copy(lines, size, out);
+        else if constexpr (sizeof(In) == sizeof(float))
+          shrink(lines, step, size, ratio, taps, out);
+      }
+  }
+
+ private:
+  int64_t channels_, size_;
+  bool bilinear_;
+};
+
+// Calls f(patcher) for the patcher of that size.
+template <class In, class Out, class F>
+inline void with_patcher(int64_t channels, int64_t size, bool bilinear, F&& f) {
+  switch (size) {
+    case 4:
+      return f(Patcher<4, In, Out>(channels, size, bilinear));
+    case 7:
+      return f(Patcher<7, In, Out>(channels, size, bilinear));
+    case 14:
+      return f(Patcher<14, In, Out>(channels, size, bilinear));
+    case 16:
+      return f(Patcher<16, In, Out>(channels, size, bilinear));
+    case 32:
+      return f(Patcher<32, In, Out>(channels, size, bilinear));
+    default:
+      return f(Patcher<0, In, Out>(channels, size, bilinear));
+  }
+}
+
+// Beside the caches, where a result that exceeds them is written at the speed of a copy. Only whole
+// lines, so that parts which meet in one do not wait for each other.
+inline void stream(void* to, const void* from, int64_t bytes) {
+#if defined(__AVX512F__)
+  char* out = static_cast<char*>(to);
+  const char* in = static_cast<const char*>(from);
+  const int64_t head = std::min<int64_t>(-reinterpret_cast<intptr_t>(out) & 63, bytes);
+  std::memcpy(out, in, head);
+  int64_t i = head;
+  for (; i + 64 <= bytes; i += 64)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), load_as<__m512i>(in + i));
+  std::memcpy(out + i, in + i, bytes - i);
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
+// out [rows, C * size * size] of the squares that at(r) gives.
+template <class Out, class Patches, class At>
+void write_patches(const Patches& patches, int64_t rows, Out* out, const At& at) {
+  const int64_t width = patches.width();
+  const bool beside = rows * width * int64_t(sizeof(Out)) >= kStreamBytes;
+#pragma omp parallel if (rows * width >= 64 << 10)
+  {
+    static thread_local Scratch scratch;
+    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    const int64_t end = rows * (thread + 1) / threads;
+    Out* built = beside ? scratch.take<Out>(width) : nullptr;
+    for (int64_t r = rows * thread / threads; r < end; ++r) {
+      Out* to = out + r * width;
+      patches.write(at(r), at(std::min(r + kAhead, end - 1)), beside ? built : to);
+      if (beside) stream(to, built, width * sizeof(Out));
+    }
+#if defined(__AVX512F__)
+    if (beside) _mm_sfence();
+#endif
+  }
+}
+
+}  // namespace
+}  // namespace pyrt::PYRT_ISA
