@@ -88,11 +88,6 @@ class VisionStem:
                 return self._all_fine(layout)
             gate = self._layers.scale_gate
             stops = stops_of(self._ops, pixels, layout, each, self._spec.preprocess, gate)
-        elif stops.dtype != torch.bool or list(stops.shape) != [len(layout.coarse_cells)]:
-            raise InvalidInput(
-                f"stops: expected bool [{len(layout.coarse_cells)}], one for every coarse patch of "
-                f"the batch, got {stops.dtype} {list(stops.shape)}"
-            )
         return choose(self._ops, layout, stops)
 
     def logits(self, pixels: Pixels) -> Tensor:

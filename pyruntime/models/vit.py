@@ -115,7 +115,7 @@ class VisionTransformer:
         pixels = self._stem.pixels(images)
         if choice is None:
             choice = self._stem.choose(pixels, None, None)
-        elif choice.layout is not self._stem.layout(pixels):
+        elif choice.layout.sizes != pixels.sizes:
             raise InvalidInput("choice: was made for images of other sizes")
         return self._stem.embed(pixels, choice)
 

@@ -359,7 +359,7 @@ def test_refusals() -> None:
         plain.forward(images, COARSE)
     with pytest.raises(InvalidInput, match="3 scale rules for 2 images"):
         model.choose(images, [FINE] * 3)
-    with pytest.raises(InvalidInput, match=r"bool \[12\].* float32 \[12\]"):
+    with pytest.raises(InvalidInput, match=r"bool \[12\].*float32 \[12\]"):
         model.choose(images, stops=torch.zeros(12))
     with pytest.raises(InvalidInput, match="other sizes"):
         model.embed(images, model.choose(pictures(spec, 3)))
