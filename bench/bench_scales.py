@@ -38,6 +38,7 @@ NAME = "ViT-S/16"
 SHARES = (1.0, 0.75, 0.5, 0.3)
 SCALES = ScaleSpec(ratios=(2,), gate=ScaleGateSpec((64, 64, 32), positions=True))
 ONE = "one fine among coarse"
+EVERYTHING = 1e30  # a threshold above every logit
 
 
 def pictures(count: int) -> Tensor:
@@ -49,7 +50,7 @@ def pictures(count: int) -> Tensor:
 def rule_for(runtime: VisionRuntime, images: Tensor, share: float) -> ScalePolicy:
     """The threshold at which the mean image keeps this share of the rows."""
     if share == 1.0:
-        return ScalePolicy(source="learned", threshold=float("inf"))
+        return ScalePolicy(source="learned", threshold=EVERYTHING)
     logits = runtime.model.scale_logits(images).flatten().sort().values
     rows = share * runtime.spec.tokens
     coarse = len(logits) / len(images)
@@ -128,7 +129,7 @@ def measure(
 def parts(runtime: VisionRuntime, images: Tensor, policy: Any) -> dict[str, Arm]:
     """Gate, plan and embedding by themselves."""
     model: VisionTransformer = runtime.model
-    stops = runtime.forward(images, policy).trace.stops
+    stops = torch.cat(runtime.forward(images, policy).trace.stops or ())
     choice = model.choose(images, stops=stops)
     return {
         "gate": timed(lambda: runtime.model.scale_logits(images)),

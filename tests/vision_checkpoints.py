@@ -12,10 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.checkpoints import State, write_json, write_weights
-from tests.vision_states import hf_state, t2t_state, timm_state, torchvision_state
+from tests.vision_states import (
+    hf_state,
+    msvit_state,
+    t2t_state,
+    timm_state,
+    torchvision_state,
+)
 
 PREPROCESS: dict[str, Any] = {
     "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "interpolation": "bilinear", "crop_pct": 0.9,
@@ -128,6 +135,36 @@ def write_pth(
     if sidecar:
         size = {} if image is None else {"image_size": list(image)}
         write_json(path.parent / "preprocess.json", PREPROCESS | size | (preprocess or {}))
+    return state
+
+
+# The metadata of a container with the shapes of `msvit_state`.
+METADATA: dict[str, str] = {
+    "format": "msvit-1", "img_size": "16,8", "patch": "4", "ratio": "2", "embed_dim": "40",
+    "depth": "3", "num_heads": "5", "mlp_ratio": "1.3", "ln_eps": "1e-6", "act": "gelu_erf",
+    "mean": "0.5,0.4,0.3", "std": "0.2,0.25,0.3", "token_order": "cls,coarse_raster,fine_raster",
+    "coarse_embed": "area_resize_shared", "coarse_pos": "area",
+    "gate_input": "normalized_rgb_coarse_patch_CHW", "gate_threshold": "0.25",
+    "gate_positive": "coarse", "pool_weight": "token",
+}  # fmt: skip
+
+
+def write_msvit(
+    path: str | Path,
+    *,
+    metadata: dict[str, str | None] | None = None,
+    extra: State | None = None,
+    drop: tuple[str, ...] = (),
+    dtype: torch.dtype = torch.float32,
+    **shape: Any,
+) -> State:
+    """An MSViT container. `shape` is that of `msvit_state`; `metadata` replaces keys of METADATA,
+    None removes them."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = _altered(msvit_state(**shape), dtype, extra, drop)
+    says = {key: text for key, text in (METADATA | (metadata or {})).items() if text is not None}
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, says)
     return state
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import torch
 
 from tests.checkpoints import State
@@ -144,6 +147,76 @@ def t2t_state(
     made.linear("head", classes, hidden)
     made.heads(layers - 1 if exits is None else exits, classes, hidden, gates)
     return made.state
+
+
+def msvit_state(
+    *,
+    ratio: int = 2,
+    widths: tuple[int, ...] = (11, 6),
+    norms: bool = True,
+    positions: bool = True,
+    separate: int | None = None,
+    image: tuple[int, int] = (16, 8),
+    patch: int = 4,
+    hidden: int = 40,
+    channels: int = 3,
+    seed: int = 0,
+    **shape: Any,
+) -> State:
+    """A timm ViT with a gate of scales; `shape` is that of `timm_state`.
+
+    `widths` are the gate's hidden units. `separate`: coarse patches have a projection of their own,
+    with a kernel of so many pixels.
+    """
+    state = timm_state(
+        image=image, patch=patch, hidden=hidden, channels=channels, seed=seed, **shape
+    )
+    made, side = _Random(seed + 1), patch * ratio
+    sizes = (channels * side * side, *widths, 1)
+    for i, (columns, rows) in enumerate(pairwise(sizes)):
+        made.linear(f"msvit.gate.fc{i}", rows, columns)
+    for i, width in enumerate(widths if norms else ()):
+        made.norm(f"msvit.gate.norm{i}", width)
+    if positions:
+        regions = (image[0] // side) * (image[1] // side)
+        made.tensor("msvit.gate.pos_embed", 1, regions, sizes[1])
+    if separate is not None:
+        made.tensor("msvit.coarse_embed.proj.weight", hidden, channels, separate, separate)
+        if shape.get("patch_bias", True):
+            made.tensor("msvit.coarse_embed.proj.bias", hidden)
+    return state | made.state
+
+
+def apt_state(*, trained: bool = True, hidden: int = 40, seed: int = 0, **shape: Any) -> State:
+    """A timm ViT as the released code of Adaptive Patch Transformers saves it.
+
+    `trained`: its module of mixed patches has taken the class token and shares parameters.
+    """
+    state = timm_state(hidden=hidden, seed=seed, **shape)
+    made = _Random(seed + 1)
+    made.tensor("mixed_patch.base_mini_pos_embed", 1, 4, hidden)
+    made.tensor("mixed_patch.patch_attn.weight", hidden, hidden, 2, 2)
+    made.tensor("mixed_patch.patch_attn.bias", hidden)
+    made.linear("mixed_patch.zero_conv", hidden, hidden)
+    if trained:
+        state["mixed_patch.cls_token"] = state.pop("cls_token")
+        state["mixed_patch.base_pos_embed"] = state["pos_embed"]
+        for kind in ("weight", "bias"):
+            name = f"patch_embed.proj.{kind}"
+            state[f"mixed_patch.{name}"] = state[name]
+    return state | made.state
+
+
+def dynamicvit_state(*, hidden: int = 40, stages: int = 3, seed: int = 0, **shape: Any) -> State:
+    """A DynamicViT: a timm ViT with a predictor of scores for each of its `stages`."""
+    state = timm_state(hidden=hidden, seed=seed, **shape)
+    made = _Random(seed + 1)
+    for i in range(stages):
+        made.norm(f"score_predictor.{i}.in_conv.0", hidden)
+        made.linear(f"score_predictor.{i}.in_conv.1", hidden, hidden)
+        for j, (rows, columns) in enumerate(pairwise((2, hidden // 4, hidden // 2, hidden))):
+            made.linear(f"score_predictor.{i}.out_conv.{4 - 2 * j}", rows, columns)
+    return state | made.state
 
 
 def torchvision_state(

@@ -33,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _convert(p: argparse.ArgumentParser) -> None:
-    p.add_argument("src", type=Path, help="Hugging Face or timm folder, or a state dict")
+    p.add_argument(
+        "src", type=Path, help="Hugging Face or timm folder, MSViT container, or a state dict"
+    )
     p.add_argument("dst", type=Path, help="folder to write")
     p.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     p.add_argument("--quantize", choices=("int8",), help="matrices as int8, a scale per channel")
@@ -45,9 +47,36 @@ def _convert(p: argparse.ArgumentParser) -> None:
         "--exit", metavar="CRITERION[:THRESHOLD]", help="instead of the checkpoint's own"
     )
     p.add_argument("--width-rule", choices=("paper", "official", "kminus"), help="adaptive width")
+    p.add_argument(
+        "--image-size",
+        type=_size,
+        metavar="H[,W]",
+        help="pixels that images are brought to; positions are resized",
+    )
+    p.add_argument(
+        "--patch-size", type=int, metavar="P", help="of the finest patches; their kernel is resized"
+    )
+    p.add_argument(
+        "--scales",
+        metavar="ratio=R[/R…][,…]",
+        help="give a ViT coarser patches: source=, thresholds=, positions=, resize=, pool_weight= "
+        "(as in ratio=2,source=entropy,thresholds=5.5)",
+    )
+    p.add_argument(
+        "--reduce",
+        metavar="METHOD:NUMBER",
+        help="rows that leave inside a ViT: tome:13 pairs merged in every block, evit:0.7[+fuse] "
+        "or dynamicvit:0.7 of the rows kept by three of them",
+    )
     p.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
     p.add_argument("--overwrite", action="store_true", help="replace an existing runtime folder")
     p.set_defaults(run=commands.convert)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """ "224" or "224,160"."""
+    height, comma, width = text.partition(",")
+    return int(height), int(width if comma else height)
 
 
 def _inspect(p: argparse.ArgumentParser) -> None:
@@ -84,6 +113,18 @@ def _classify(p: argparse.ArgumentParser) -> None:
         help="when images leave early: never, a threshold of the confidence, level=J (at exit J at "
         "the latest, counted from 0), tau=X (JEI-DNN gates)",
     )
+    p.add_argument(
+        "--scales",
+        help="which regions stay coarse: all_fine, all_coarse, random:TOKENS:SEED, a threshold of "
+        "the model's own gate, or source=…, threshold=…, tokens=… fields",
+    )
+    p.add_argument(
+        "--regions", type=Path, metavar="DIR|FILE.png", help="draw what was fine and what coarse"
+    )
+    p.add_argument(
+        "--native", action="store_true", help="keep the aspect ratio of images, crop nothing"
+    )
+    p.add_argument("--max-patches", type=int, help="of native images; those of the model's size")
     p.add_argument("--top", type=int, default=5, help="classes shown for each image")
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=commands.classify)
@@ -111,7 +152,7 @@ def _profile(p: argparse.ArgumentParser) -> None:
         default="budget=1.0,0.9,0.8,0.7,0.6,0.5",
         metavar="budget=B,…",
         help="what to vary: budget=…, in expert layers experts=…, gap=… or mass=…, of early exits "
-        "exit=…, tau=… or level=…",
+        "exit=…, tau=… or level=…, of mixed scales scales=… (thresholds) or tokens=…",
     )
     p.add_argument("--mode", metavar="MODE,…", help=", ".join(_MODES))
     p.add_argument("--call-tokens", type=int, help="tokens prefilled in one call (2048)")

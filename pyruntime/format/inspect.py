@@ -13,7 +13,7 @@ from pyruntime.format.spec import family_of, model_tensors, to_dict
 
 _PARTS = ("embedding", "stem", "attention", "mlp", "experts", "routers", "norms", "gates", "exits",
           "head")  # fmt: skip
-_GATE = re.compile(r"gates\.|layers\.\d+\.(attn|mlp)\.gate\.|layers\.\d+\.\S*\.width\.")
+_GATE = re.compile(r"gates?\.|reduce\.|layers\.\d+\.(attn|mlp)\.gate\.|layers\.\d+\.\S*\.width\.")
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -119,7 +119,12 @@ def _vision_rows(spec: dict[str, Any]) -> list[tuple[str, str]]:
                    f"{(height // patch) * (width // patch)} tokens"),
         ("preprocess", f"{seen['interpolation']}, {how}, mean {mean}, std {std}"),
         ("classes", f"{spec['num_classes']}{labels}, read from the {_POOLS[spec['pool']]}"),
+        ("positions", f"at other sizes resized {_RESIZES[spec['position_resize']]}"),
     ]  # fmt: skip
+    if spec["scales"]:
+        rows += _scale_rows(spec["scales"], patch)
+    if spec["reduction"]:
+        rows.append(("reduction", _reduction_text(spec["reduction"])))
     if spec["exits"]:
         rows += [(f"exit {number}", _exit_text(one)) for number, one in enumerate(spec["exits"])]
     else:
@@ -127,6 +132,43 @@ def _vision_rows(spec: dict[str, Any]) -> list[tuple[str, str]]:
     if spec["width"]:
         rows.append(("width", _width_text(spec["width"])))
     return rows
+
+
+def _scale_rows(scales: dict[str, Any], patch: int) -> list[tuple[str, str]]:
+    sides = ", ".join(str(ratio * patch) for ratio in scales["ratios"])
+    embedded = {
+        "shared": f"resized ({scales['resize']}) into the same projection",
+        "separate": "with a projection of their own on "
+        + ("all pixels" if scales["kernel"] == "region" else "resized ones"),
+        "conv": f"resized ({scales['resize']}), with a convolution over the finest",
+    }[scales["embed"]]
+    thresholds = " ".join(f"{value:g}" for value in scales["thresholds"])
+    source = scales["source"] + (f" (below {thresholds})" if thresholds else "")
+    weight = ", a mean weighs them by area" if scales["pool_weight"] == "area" else ""
+    rows = [
+        ("scales", f"patches of {sides} and {patch}, chosen by {source}"),
+        ("coarser", f"{embedded}, positions {scales['positions']}{weight}"),
+    ]
+    gate = scales["gate"]
+    if gate:
+        widths = ", ".join(map(str, gate["widths"]))
+        parts = [f"of widths {widths}", "layer norms" if gate["norms"] else "",
+                 "positions" if gate["positions"] else "",
+                 f"coarse above {gate['threshold']:g}"]  # fmt: skip
+        rows.append(("scale gate", ", ".join(part for part in parts if part)))
+    return rows
+
+
+def _reduction_text(reduction: dict[str, Any]) -> str:
+    blocks, method = reduction["blocks"], reduction["method"]
+    if method == "tome":
+        merged = " ".join(map(str, dict.fromkeys(reduction["merge"])))
+        counted = "" if reduction["proportional"] else ", keys count once"
+        return f"tome: {merged} pairs merged in each of {len(blocks)} blocks{counted}"
+    kept = " ".join(f"{share:g}" for share in reduction["keep"])
+    where = "after the attention of" if method == "evit" else "before"
+    fused = ", the others fused into one" if reduction["fuse"] else ""
+    return f"{method}: keeps {kept} {where} blocks {' '.join(map(str, blocks))}{fused}"
 
 
 def _exit_text(one: dict[str, Any]) -> str:
@@ -172,6 +214,7 @@ def _expert_rows(experts: dict[str, Any], layers: int) -> list[tuple[str, str]]:
 _ROWS = {"decoder": _decoder_rows, "encoder": _encoder_rows, "vision": _vision_rows}
 _POOLS = {"class": "class row", "mean": "mean of the patches", "distilled": "class and "
           "distillation rows", "class_mean": "class row and the mean of the patches"}  # fmt: skip
+_RESIZES = {"bicubic_aa": "bicubic with antialias", "bicubic": "bicubic without antialias"}
 
 
 def _gate_text(gates: dict[str, Any]) -> str:
@@ -189,7 +232,7 @@ def _gate_text(gates: dict[str, Any]) -> str:
 
 def _calibration_text(calibration: dict[str, Any]) -> str:
     budgets, default = calibration["budgets"], calibration["default_budget"]
-    counted = "samples" if calibration["kind"] == "exits" else "tokens"
+    counted = "samples" if "samples" in calibration else "tokens"
     usual = "the checkpoint's own rule" if default is None else f"{default:g}"
     return (
         f"{len(budgets)} budgets from {max(budgets):g} to {min(budgets):g} "
@@ -204,7 +247,7 @@ def _part(name: str) -> str:
         return "exits"
     if name.startswith(("embed.", "positions", "prefix")):
         return "embedding"
-    if name.startswith("stem."):
+    if name.startswith(("stem.", "coarse.", "conv.", "zero.")):
         return "stem"
     if name.startswith(("lm_head.", "head.", "head_dist.")):
         return "head"

@@ -143,8 +143,10 @@ def calibration_problems(data: object, spec: ModelSpec, gates: GateSpec | None) 
     counted, least = "tokens", 0.0
     if isinstance(spec, VisionSpec):
         kind, shape, counted = "exits", [len(spec.exits)], "samples"
-        if not spec.exits:
-            return ["calibration: the model has no exits"]
+        if spec.scales is not None:  # what decides about patches, then the exits
+            kind, shape = "scales", [1 + len(spec.exits)]
+        elif not spec.exits:
+            return ["calibration: the model has no exits and one scale"]
     elif not isinstance(spec, DecoderSpec):
         return ["calibration: an encoder has none"]
     elif gates is not None:
@@ -173,9 +175,9 @@ def calibration_problems(data: object, spec: ModelSpec, gates: GateSpec | None) 
             f"calibration: the last budget must be {least:g}, one expert, is {budgets[-1]}"
         )
     default = data["default_budget"]
-    if kind == "exits":
+    if kind in ("exits", "scales"):
         least = budgets[-1]
-        # Without a budget images leave by the checkpoint's own rule.
+        # Without a budget the checkpoint's own rule holds.
         default = 1.0 if default is None else default
     if not (_numbers([default]) and least <= default <= 1):
         problems.append(f"calibration: default_budget must be in [{least:g}, 1], is {default!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
@@ -35,7 +36,9 @@ from pyruntime.layers.vision_block import (
 from pyruntime.ops.exit import ExitHead, ExitRule
 from pyruntime.ops.weight import Weight
 
-_CASCADE_EPS = 1e-5  # of the ZTW code's norm of logits, whatever the backbone's
+# Of norms whose code takes torch's default, whatever the backbone's: of logits in the ZTW code, of
+# the predictors of DynamicViT.
+_CASCADE_EPS = _PREDICTOR_EPS = 1e-5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,7 +81,7 @@ class VisionLayers:
             positions=read.vector("positions"),
             pre_norm=read.norm("pre_norm") if spec.pre_norm else None,
             blocks=tuple(read.block(i) for i in range(spec.num_layers)),
-            reductions=reductions_of(spec, read.norm, read.linear),
+            reductions=reductions_of(spec, partial(read.norm, eps=_PREDICTOR_EPS), read.linear),
             norm=read.norm("norm"),
             heads=tuple(read.linear(name) for name in heads),
             exits=tuple(read.exit(j, exit_) for j, exit_ in enumerate(spec.exits)),

@@ -6,21 +6,22 @@ reading of a checkpoint, not the runtime's layers.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pyruntime.format.convert import convert
 from pyruntime.format.load import read
 from pyruntime.format.spec import VisionSpec
+from tests.format.vision_logits import logits
 from tests.format.vision_values import values
 from tests.parity import need_transformers
+from tests.timm_peer import need_timm
 from tests.vision_checkpoints import PREPROCESS
 
 need_transformers()
@@ -31,67 +32,30 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def logits(folder: Path, images: Tensor) -> Tensor:
-    """Logits float32 [B, C] of the final head."""
-    container = read(folder)
-    spec = container.spec
-    assert isinstance(spec, VisionSpec)
-    t = {name: values(tensor).float() for name, tensor in container.tensors.items()}
-    n, d = len(images), spec.hidden_size
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return F.linear(x, t[f"{name}.weight"], t.get(f"{name}.bias"))
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        weight = t[f"{name}.weight"]
-        return F.layer_norm(x, (len(weight),), weight, t[f"{name}.bias"], spec.norm_eps)
-
-    x = linear(F.unfold(images, spec.patch_size, stride=spec.patch_size).mT, "stem")
-    x = x + t["positions"]
-    if spec.prefix_tokens:
-        x = torch.cat([t["prefix"].expand(n, -1, -1), x], 1)
-    if spec.pre_norm:
-        x = norm(x, "pre_norm")
-    for i in range(spec.num_layers):
-        attn, mlp = f"layers.{i}.attn", f"layers.{i}.mlp"
-        q, k, v = (
-            part.unflatten(-1, (spec.num_heads, -1)).transpose(1, 2)
-            for part in linear(norm(x, f"{attn}.norm"), f"{attn}.qkv").split(d, -1)
-        )
-        if spec.qk_norm:
-            q, k = norm(q, f"{attn}.q_norm"), norm(k, f"{attn}.k_norm")
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + linear(y, f"{attn}.o")
-        x = x + linear(F.gelu(linear(norm(x, f"{mlp}.norm"), f"{mlp}.up")), f"{mlp}.down")
-    patches = slice(spec.prefix_tokens, None)
-    if spec.norm_after_pool:
-        return linear(norm(x[:, patches].mean(1), "norm"), "head")
-    x = norm(x, "norm")
-    if spec.pool == "mean":
-        return linear(x[:, patches].mean(1), "head")
-    if spec.pool == "class_mean":
-        return linear(torch.cat([x[:, 0], x[:, patches].mean(1)], -1), "head")
-    if spec.pool == "distilled":
-        return (linear(x[:, 0], "head") + linear(x[:, 1], "head_dist")) / 2
-    return linear(x[:, 0], "head")
-
-
-def randomize(model: torch.nn.Module) -> None:
+def randomize(model: torch.nn.Module, std: float = 0.2) -> None:
     """Numbers everywhere: fresh models have zeros and ones where mistakes would hide."""
     random = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=random) * 0.2
+        noise = torch.randn(parameter.shape, generator=random) * std
         parameter.data = noise + parameter.data.round().clamp(0, 1)
     model.eval()
 
 
-def compare(model: torch.nn.Module, folder: Path, tmp_path: Path) -> VisionSpec:
-    convert(folder, tmp_path / "dst")
+def compare(
+    model: torch.nn.Module,
+    folder: Path,
+    tmp_path: Path,
+    image_size: tuple[int, int] | None = None,
+    **arguments: Any,
+) -> VisionSpec:
+    """`arguments` are the model's; the folder is converted for `image_size`."""
+    report = convert(folder, tmp_path / "dst", image_size=image_size)
     spec = read(tmp_path / "dst").spec
     assert isinstance(spec, VisionSpec)
+    assert any("positions are resized" in note for note in report.notes) == bool(image_size)
     images = torch.randn(2, 3, *spec.image_size, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        wanted = model(images)
+        wanted = model(images, **arguments)
         found = logits(tmp_path / "dst", images)
     wanted = wanted if isinstance(wanted, Tensor) else wanted.logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
@@ -108,21 +72,38 @@ def compare(model: torch.nn.Module, folder: Path, tmp_path: Path) -> VisionSpec:
         ("Dinov2WithRegistersConfig", "Dinov2WithRegistersForImageClassification"),
     ],
 )
-def test_transformers(tmp_path: Path, config: str, model: str) -> None:
-    shape = dict(SMALL)
+@pytest.mark.parametrize("image_size", [None, (20, 12), (8, 28)])
+def test_transformers(
+    tmp_path: Path, config: str, model: str, image_size: tuple[int, int] | None
+) -> None:
+    shape, arguments = dict(SMALL), {}
     if config.startswith("Dino"):
         del shape["intermediate_size"]
+    elif image_size:
+        arguments["interpolate_pos_encoding"] = True
     made = getattr(transformers, model)(getattr(transformers, config)(**shape))
     randomize(made)
     made.save_pretrained(tmp_path / "src")
     settings = {"image_mean": PREPROCESS["mean"], "image_std": PREPROCESS["std"], "resample": 3,
                 "size": {"height": 12, "width": 12}}  # fmt: skip
     (tmp_path / "src/preprocessor_config.json").write_text(json.dumps(settings))
-    spec = compare(made, tmp_path / "src", tmp_path)
+    spec = compare(made, tmp_path / "src", tmp_path, image_size, **arguments)
     assert spec.norm_eps == 1e-5 and not spec.labels
 
 
-@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
+def write_timm(model: Any, name: str, folder: Path, shape: dict[str, Any]) -> None:
+    """A folder as timm's hub has them; `shape` are the arguments of the model."""
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    size = shape["img_size"]
+    sides = list(size) if isinstance(size, tuple) else [size, size]
+    pool = {"global_pool": model.global_pool}
+    (folder / "config.json").write_text(json.dumps({
+        "architecture": name, "num_classes": 7, **pool, "model_args": shape | pool,
+        "pretrained_cfg": {**PREPROCESS, "input_size": [3, *sides]},
+    }))  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
@@ -137,23 +118,63 @@ def test_transformers(tmp_path: Path, config: str, model: str) -> None:
         ("vit_tiny_patch16_224", {"qk_norm": True, "qkv_bias": False}),
     ],
 )
-def test_timm(tmp_path: Path, name: str, arguments: dict[str, Any]) -> None:
-    from safetensors.torch import save_file
+@pytest.mark.parametrize("image_size", [None, (20, 12), (28, 8)])
+def test_timm(
+    tmp_path: Path, name: str, arguments: dict[str, Any], image_size: tuple[int, int] | None
+) -> None:
+    need_timm()
+    import timm
 
-    timm = pytest.importorskip("timm", exc_type=ImportError)  # or torchvision, which it needs
     shape = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 4,
              "num_classes": 7} | arguments  # fmt: skip
-    model = timm.create_model(name, pretrained=False, **shape)
+    model = timm.create_model(name, pretrained=False, dynamic_img_size=True, **shape)
     randomize(model)
-    folder = tmp_path / "src"
-    folder.mkdir()
-    save_file(model.state_dict(), folder / "model.safetensors")
-    size = shape["img_size"]
-    sides = list(size) if isinstance(size, tuple) else [size, size]
-    pool = {"global_pool": model.global_pool}
-    described = {**PREPROCESS, "input_size": [3, *sides]}
-    (folder / "config.json").write_text(json.dumps({
-        "architecture": name, "num_classes": 7, **pool, "model_args": shape | pool,
-        "pretrained_cfg": described,
-    }))  # fmt: skip
-    compare(model, folder, tmp_path)
+    write_timm(model, name, tmp_path / "src", shape)
+    compare(model, tmp_path / "src", tmp_path, image_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "image_size"),
+    [
+        ("vit_tiny_patch16_224", {}, (48, 80)),
+        ("vit_small_patch16_224", {}, None),
+        ("vit_base_patch16_224", {}, (80, 48)),
+        ("deit_small_distilled_patch16_224", {}, (48, 48)),
+        ("vit_small_patch14_reg4_dinov2", {}, (42, 70)),
+        ("vit_small_patch14_dinov2", {}, (98, 56)),
+        ("vit_small_patch16_224", {"class_token": False, "global_pool": "avg"}, (16, 48)),
+        ("deit3_small_patch16_224", {}, (48, 32)),
+    ],
+)
+def test_timm_as_published(
+    tmp_path: Path, name: str, arguments: dict[str, Any], image_size: tuple[int, int] | None
+) -> None:
+    """Full widths, few blocks; heads are those of the name. A checkpoint of 64 or 56 pixels."""
+    need_timm()
+    import timm
+
+    shape = {"img_size": 56 if "dinov2" in name else 64, "depth": 2, "num_classes": 7} | arguments
+    model = timm.create_model(name, pretrained=False, dynamic_img_size=True, **shape)
+    randomize(model, std=0.03)
+    write_timm(model, name, tmp_path / "src", shape)
+    compare(model, tmp_path / "src", tmp_path, image_size)
+
+
+@pytest.mark.parametrize("patch_size", [3, 6, 8])
+def test_other_patches(tmp_path: Path, patch_size: int) -> None:
+    """A kernel brought to another size is timm's."""
+    need_timm()
+    import timm
+    from timm.layers import resample_patch_embed
+
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 1, "num_heads": 4,
+             "num_classes": 7}  # fmt: skip
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, **shape)
+    randomize(model)
+    write_timm(model, "vit_tiny_patch16_224", tmp_path / "src", shape)
+    side = 4 * patch_size
+    report = convert(tmp_path / "src", tmp_path / "dst", patch_size=patch_size, image_size=side)
+    assert not any("positions are resized" in note for note in report.notes)
+    found = values(read(tmp_path / "dst").tensors["stem.weight"])
+    kernel = resample_patch_embed(model.patch_embed.proj.weight.detach(), [patch_size, patch_size])
+    torch.testing.assert_close(found, kernel.flatten(1), rtol=1e-4, atol=1e-4)

@@ -96,7 +96,7 @@ def test_timm_config(tmp_path: Path, config: dict[str, Any], message: str) -> No
         ({"crop_mode": "border"}, "crop_mode 'border' is not implemented"),
         ({"input_size": [3, 224]}, "input_size must be [channels, height, width]"),
         ({"input_size": [3, 16, 16]}, "pos_embed has 7 rows, expected 16 or 17 for 16 x 16 pixels "
-                                      "in patches of 4; positions are not resized"),
+                                      "in patches of 4; positions of another image size"),
         ({"crop_pct": 1.5}, "crop must be in (0, 1], is 1.5"),
         ({"std": [0.5, 0.0, 0.5]}, "std must be positive"),
         ({"mean": [0.5], "std": [0.5]}, "expected [width, 1, p, p]"),
@@ -200,7 +200,8 @@ def test_a_backbone_of_transformers(tmp_path: Path) -> None:
         ({"mean": "x"}, "mean must be"),
         ({"interpolation": "nearest"}, "interpolation 'nearest' is not implemented"),
         ({"image_size": [32]}, "image_size must be a height and a width, is [32]"),
-        ({"image_size": [64, 32]}, "pos_embed has 5 rows, expected 8 or 9 for 64 x 32 pixels"),
+        ({"image_size": [64, 30]}, "patches of 16 do not tile (64, 30)"),
+        ({"position_resize": "bilinear"}, "'bilinear' is not implemented (must be 'bicubic_aa' or"),
         ({"crop_pct": 0}, "crop must be in (0, 1], is 0"),
         ({"num_heads": 3}, "3 heads do not divide 128 channels"),
         ({"labels": ["a", "b"]}, "2 labels for 7 classes"),

@@ -71,6 +71,8 @@ def expected(state: State, spec: VisionSpec, name: str) -> Tensor:
         if match[2] == "head":
             return state[f"intermediate_heads.{block}.{suffix}"]
         return state[f"gates.{block}.linear.{suffix}"].flatten()
+    if (scaled := _scales(state, spec, name)) is not None:
+        return scaled
     if match := re.fullmatch(r"layers\.(\d+)\.(.*)\.(weight|bias)", name):
         block = f"blocks.{match[1]}"
         found = state[f"{block}.{_PARTS[match[2]]}.{suffix}"].float()
@@ -81,6 +83,28 @@ def expected(state: State, spec: VisionSpec, name: str) -> Tensor:
     if module == "norm" and "fc_norm.weight" in state:
         return state[f"fc_norm.{suffix}"]
     return state[{"pre_norm": "norm_pre"}.get(module, module) + f".{suffix}"]
+
+
+def _scales(state: State, spec: VisionSpec, name: str) -> Tensor | None:
+    """Of mixed scales and of token reduction; None: the tensor is of neither."""
+    module, _, suffix = name.rpartition(".")
+    if name == "gate.positions":
+        return state["msvit.gate.pos_embed"][0]
+    if module.startswith("gate."):
+        return state[f"msvit.{name}"]
+    if module == "coarse.0":
+        found = state[f"msvit.coarse_embed.proj.{suffix}"]
+        return found.flatten(1) if suffix == "weight" else found
+    if name == "conv.weight":
+        return torch.cat([*state["mixed_patch.patch_attn.weight"].flatten(2).unbind(2)], 1)
+    if module in ("conv", "zero"):
+        layer = {"conv": "patch_attn", "zero": "zero_conv"}[module]
+        return state[f"mixed_patch.{layer}.{suffix}"]
+    if match := re.fullmatch(r"reduce\.(\d)\.(in\.norm|in|out\.(\d))", module):
+        part = {"in.norm": "in_conv.0", "in": "in_conv.1"}.get(match[2])
+        part = part or f"out_conv.{2 * int(match[3])}"
+        return state[f"score_predictor.{match[1]}.{part}.{suffix}"]
+    return None
 
 
 def prefix_and_positions(state: State, spec: VisionSpec) -> tuple[Tensor, Tensor]:

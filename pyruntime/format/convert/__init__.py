@@ -20,11 +20,13 @@ from pyruntime.errors import ConversionError
 from pyruntime.format.convert import exits, gateskip, source, vision_source
 from pyruntime.format.convert.checkpoint import fingerprint
 from pyruntime.format.convert.recipe import Recipe
+from pyruntime.format.convert.reduction import parse_reduction
 from pyruntime.format.convert.report import Report
+from pyruntime.format.convert.scales import parse_scales
 from pyruntime.format.convert.source import Source
 from pyruntime.format.convert.stage import Stage, check_destination, open_stage
 from pyruntime.format.convert.torchvision_acm import Rule
-from pyruntime.format.convert.vision_source import VisionOptions
+from pyruntime.format.convert.vision_options import VisionOptions
 from pyruntime.format.convert.writer import plan_shards, write_shard
 from pyruntime.format.manifest import VERSION, Manifest, Shard, write_manifest
 from pyruntime.format.spec import TensorSpec, VisionSpec, to_dict
@@ -50,6 +52,10 @@ def convert(
     heads: PathLike | None = None,
     exit: str | None = None,
     width_rule: Rule | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    patch_size: int | None = None,
+    scales: str | None = None,
+    reduce: str | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -59,10 +65,14 @@ def convert(
 
     `src` is a Hugging Face folder, or a GateSkip state dict (.pt, .pth, .bin, .safetensors) with
     its sidecar JSON beside it (or at `sidecar`) and its base model's folder named there (or at
-    `base`). Or it is a vision transformer: a folder of timm or transformers, or a bare checkpoint
-    with preprocess.json beside it (or at `preprocess`). `heads` is a folder of JEI-DNN's warm-up
-    heads, `exit` a criterion with or without a threshold ("max_prob:0.9") instead of the
-    checkpoint's own, `width_rule` that of adaptive width (see `WidthSpec`).
+    `base`). Or it is a vision transformer: a folder of timm or transformers, an MSViT container, or
+    a bare checkpoint with preprocess.json beside it (or at `preprocess`). `heads` is a folder of
+    JEI-DNN's warm-up heads, `exit` a criterion with or without a threshold ("max_prob:0.9") instead
+    of the checkpoint's own, `width_rule` that of adaptive width (see `WidthSpec`). `image_size` is
+    a side, or a height and a width, to which positions are resized, `patch_size` that of the finest
+    patches, whose kernel is resized. `scales` gives a model patches of several sizes
+    ("ratio=2,source=entropy,thresholds=5.5", see `ScaleSpec`), `reduce` blocks that drop or merge
+    rows ("tome:13", "evit:0.7+fuse", "dynamicvit:0.7", see `ReductionSpec`).
 
     `quantize` stores matrices as int8 with one scale per output channel; embeddings, routers,
     gates, norms and biases are in `dtype` or float32, as they would be without.
@@ -87,9 +97,16 @@ def convert(
         raise ConversionError(
             f"width_rule must be one of {', '.join(get_args(Rule))}, is {width_rule!r}"
         )
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise ConversionError(f"image_size must be a side, or a height and a width, is {size}")
+    if patch_size is not None and patch_size < 1:
+        raise ConversionError(f"patch_size must be positive, is {patch_size}")
     options = VisionOptions(
         Path(preprocess) if preprocess else None, Path(heads) if heads else None,
-        None if exit is None else exits.parse_rule(exit), width_rule,
+        None if exit is None else exits.parse_rule(exit), width_rule, size, patch_size,
+        None if scales is None else parse_scales(scales),
+        None if reduce is None else parse_reduction(reduce),
     )  # fmt: skip
     model = _open(origin, base, sidecar, options)
     model, notes = model.with_dtype(dtype, quantize)
@@ -118,6 +135,9 @@ def convert(
                     "--dtype": dtype if dtype != "auto" else None, "--quantize": quantize,
                     "--base": base, "--sidecar": sidecar, "--preprocess": preprocess,
                     "--heads": heads, "--exit": exit, "--width-rule": width_rule,
+                    "--image-size": None if size is None else f"{size[0]},{size[1]}",
+                    "--patch-size": None if patch_size is None else str(patch_size),
+                    "--scales": scales, "--reduce": reduce,
                 }  # fmt: skip
                 command = _command(src, dst, named)
                 _finish(model, origin, shards, stage, command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from pyruntime.format.convert.checkpoint import Checkpoint, Need
 from pyruntime.format.convert.derive import Derivation, Rows
+from pyruntime.format.convert.kernels import patch_rows
 from pyruntime.format.convert.vision import Found
 from pyruntime.format.spec import VisionSpec
+from pyruntime.format.spec.positions import resize_positions
 
 
 class Assembly:
@@ -45,6 +48,52 @@ class Assembly:
         self._made.add(ours, shape, needs, read, dtype)
         self.tensor(ours, ours)
 
+    def patches(
+        self, ours: str, theirs: str, shape: tuple[int, int], side: int, to_side: int, bias: bool
+    ) -> None:
+        """A projection of patches: `theirs` is a kernel [D, C, side, side], with (D, C) `shape`.
+
+        The matrix is for patches of `to_side` pixels.
+        """
+        rows, channels = shape
+        name = f"{theirs}.weight"
+        kernel: tuple[int, ...] = (rows, channels, side, side)
+        if len(self.weights.entries[name].shape) == 2:
+            kernel = (rows, channels * side * side)
+        read = patch_rows(self.weights, name, channels, side, to_side)
+        self.computed(f"{ours}.weight", (rows, channels * to_side**2), {name: Need(kernel)}, read)
+        if bias:
+            self.tensor(f"{ours}.bias", f"{theirs}.bias")
+
+    def positions(
+        self,
+        ours: str,
+        theirs: str,
+        grids: tuple[tuple[int, int], tuple[int, int]],
+        width: int,
+        spec: VisionSpec,
+        covered: int = 0,
+    ) -> None:
+        """A table learned for the first of `grids`, brought to the second; float32.
+
+        The first `covered` rows of `theirs` are not of it.
+        """
+        weights, ((rows, columns), to_grid) = self.weights, grids
+        count = rows * columns
+
+        @functools.cache
+        def table() -> Tensor:
+            found = weights.rows(theirs, covered, covered + count).float()
+            return resize_positions(found, grids[0], to_grid, spec.position_resize)
+
+        def read(start: int, stop: int) -> Tensor:
+            if to_grid == grids[0]:
+                return weights.rows(theirs, covered + start, covered + stop)
+            return table()[start:stop]
+
+        needs = {theirs: Need((1, covered + count, width))}
+        self.computed(ours, (to_grid[0] * to_grid[1], width), needs, read)
+
     def drop(self, prefix: str) -> None:
         """Leave out the tensors whose names start so."""
         self._made.drop(prefix)
@@ -60,9 +109,8 @@ def add_backbone(made: Assembly, spec: VisionSpec, found: Found) -> None:
     for prefix in names.drop:
         made.drop(prefix)
     if spec.stem == "patch":
-        _add_stem(made, spec, f"{names.patch}.weight")
-        if spec.patch_bias:
-            made.tensor("stem.bias", f"{names.patch}.bias")
+        shape = spec.hidden_size, len(spec.preprocess.mean)
+        made.patches("stem", names.patch, shape, found.patch, spec.patch_size, spec.patch_bias)
     _add_rows(made, spec, found)
     if spec.pre_norm:
         made.module("pre_norm", names.pre_norm)
@@ -82,26 +130,11 @@ def add_backbone(made: Assembly, spec: VisionSpec, found: Found) -> None:
         made.module("head_dist", names.head_dist)
 
 
-def _add_stem(made: Assembly, spec: VisionSpec, name: str) -> None:
-    weights, d, p = made.weights, spec.hidden_size, spec.patch_size
-    channels = len(spec.preprocess.mean)
-    if len(weights.entries[name].shape) == 2:
-        made.tensor("stem.weight", name)
-        return
-    per_row = channels * p  # rows of p numbers in one kernel
-
-    def read(start: int, stop: int) -> Tensor:
-        return weights.rows(name, start * per_row, stop * per_row).reshape(stop - start, -1)
-
-    needs = {name: Need((d, channels, p, p))}
-    made.computed("stem.weight", (d, channels * p * p), needs, read)
-
-
 def _add_rows(made: Assembly, spec: VisionSpec, found: Found) -> None:
     """Prefix rows with their positions added, and the positions of the patches."""
     weights, d, covered = made.weights, spec.hidden_size, found.covered
     tokens = [name for name in found.names.tokens if name in weights.entries]
-    positions, (rows, columns) = found.names.positions, spec.grid
+    positions, (rows, columns) = found.names.positions, found.grid
     whole = {positions: Need((1, covered + rows * columns, d))}
 
     def read_prefix(start: int, stop: int) -> Tensor:
@@ -114,10 +147,7 @@ def _add_rows(made: Assembly, spec: VisionSpec, found: Found) -> None:
     if tokens:
         needs = {name: Need((1, weights.entries[name].shape[-2], d)) for name in tokens}
         made.computed("prefix", (spec.prefix_tokens, d), {**needs, **whole}, read_prefix)
-    made.computed(
-        "positions", (rows * columns, d), whole,
-        lambda a, b: weights.rows(positions, covered + a, covered + b),
-    )  # fmt: skip
+    made.positions("positions", positions, (found.grid, spec.grid), d, spec, covered)
 
 
 def _add_layer(made: Assembly, spec: VisionSpec, found: Found, scaled: set[str], i: int) -> None:

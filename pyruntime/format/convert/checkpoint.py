@@ -138,6 +138,15 @@ def open_file(path: Path) -> Checkpoint:
     return open_torch(path, _tensors_only)
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """What a .safetensors file says about itself; nothing, of other files.
+
+    Raises:
+        ConversionError: the file is missing or damaged.
+    """
+    return _SafetensorsFile(path).metadata if path.suffix == ".safetensors" else {}
+
+
 def open_torch(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> Checkpoint:
     """The tensors that `read` finds in a torch.save archive.
 
@@ -189,7 +198,7 @@ class _SafetensorsFile:
                 header: dict[str, Any] = json.loads(file.read(size))
         except (SafetensorError, OSError, ValueError) as error:
             raise ConversionError(f"{path}: not a whole safetensors file: {error}") from None
-        header.pop("__metadata__", None)
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self._data = 8 + size
         self._header = header
         self._descriptor = os.open(path, os.O_RDONLY)

@@ -64,6 +64,7 @@ def read_config(folder: Path, given: Given | None) -> tuple[Config, Given]:
             "squash": given.preprocess.squash,
         }  # fmt: skip
         values |= {"labels": list(given.labels)} if given.labels else {}
+        values |= {"position_resize": given.position_resize} if given.position_resize else {}
     return config, preprocess.given(values, path)
 
 
@@ -79,6 +80,8 @@ def read(weights: Checkpoint, config: Config, given: Given) -> Found:
     found = read_backbone(
         weights, _names(weights, model, teacher), given, model,
         norm_eps=given.norm_eps or 1e-12, pool=pool,
+        # The only class of transformers that resizes its positions with antialias.
+        position_resize="bicubic_aa" if model == "dinov2_with_registers" else "bicubic",
     )  # fmt: skip
     found.notes[:] = config.notes
     return found
@@ -153,8 +156,8 @@ def _processor(path: Path, sides: list[int], notes: list[str]) -> dict[str, Any]
         raise UnsupportedModel("\n".join(f"{path}: {text}" for text in problems))
     if cropped != min(sides):
         notes.append(
-            f"{path.name} takes images of {cropped} pixels, for which the positions would be "
-            f"resized; here they are taken at the model's own {sides[0]} x {sides[1]}"
+            f"{path.name} takes images of {cropped} pixels; without an image size they are taken "
+            f"at the model's own {sides[0]} x {sides[1]}"
         )
     return {
         "mean": data["image_mean"] if normalize else [0.0] * 3,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,16 @@ _KINDS: dict[str, Any] = {
     "image_size": tuple[int, ...], "mean": _NUMBERS, "std": _NUMBERS, "interpolation": str,
     "crop_pct": float, "squash": bool, "labels": tuple[str, ...], "num_heads": int,
     "num_classes": int, "norm_eps": float, "architecture": str, "exits": tuple[dict[str, Any], ...],
+    "position_resize": str,
+}  # fmt: skip
+# What the metadata of an MSViT container says, where it says nothing.
+MIXED: dict[str, Any] = {
+    "patch": int, "ratio": int, "token_order": str, "coarse_embed": str, "coarse_pos": str,
+    "gate_input": str, "gate_positive": str, "gate_threshold": float, "pool_weight": str,
+    "act": str,
 }  # fmt: skip
 _NEEDED = ("mean", "std", "interpolation")
+_RULES = {"interpolation": ("bilinear", "bicubic"), "position_resize": ("bicubic_aa", "bicubic")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +40,8 @@ class Given:
         image_size: height, width.
         architecture: timm's name of the model.
         exits: those whose tensors bear our own names (exits.0.head.weight and so on).
+        position_resize: how positions come to another image size.
+        mixed: the keys of `MIXED` that are given.
     """
 
     where: Path
@@ -42,6 +53,8 @@ class Given:
     norm_eps: float | None = None
     architecture: str | None = None
     exits: tuple[ExitSpec, ...] = ()
+    position_resize: str | None = None
+    mixed: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_sidecar(checkpoint: Path, file: Path | None) -> Given:
@@ -58,13 +71,22 @@ def read_sidecar(checkpoint: Path, file: Path | None) -> Given:
             f'{needed}, and, where they are not the usual ones, "image_size" [height, width], '
             '"crop_pct", "num_heads", "norm_eps", "labels"'
         )
+    return given(read_json(path), path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConversionError: no such file, or no object in it.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConversionError(f"{path}: cannot be read: {error}") from None
     if not isinstance(data, dict):
         raise ConversionError(f"{path}: expected an object, is {type(data).__name__}")
-    return given(data, path)
+    return data
 
 
 def given(data: dict[str, Any], path: Path) -> Given:
@@ -73,27 +95,27 @@ def given(data: dict[str, Any], path: Path) -> Given:
     Raises:
         ConversionError: everything that is wrong with them, with `path` in front.
     """
-    problems = []
-    for key in sorted(data.keys() - _KINDS.keys()):
-        near = difflib.get_close_matches(key, _KINDS, 1)
+    problems, kinds = [], _KINDS | MIXED
+    for key in sorted(data.keys() - kinds.keys()):
+        near = difflib.get_close_matches(key, kinds, 1)
         problems.append(f"unknown key {key!r}" + (f", nearest: {near[0]!r}" if near else ""))
     problems += [f"missing key {key!r}" for key in _NEEDED if key not in data]
     values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in _KINDS
+        k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in kinds
     }
     problems += [
-        f"{key} must be {getattr(_KINDS[key], '__name__', _KINDS[key])}, is {data[key]!r}"
+        f"{key} must be {getattr(kinds[key], '__name__', kinds[key])}, is {data[key]!r}"
         for key, value in values.items()
-        if not fits(value, _KINDS[key])
+        if not fits(value, kinds[key])
     ]
     size = values.get("image_size")
     if not problems and size is not None and (len(size) != 2 or min(size) < 1):
         problems.append(f"image_size must be a height and a width, is {list(size)}")
-    if not problems and values["interpolation"] not in ("bilinear", "bicubic"):
-        problems.append(
-            f"interpolation {values['interpolation']!r} is not implemented "
-            "(must be 'bilinear' or 'bicubic')"
-        )
+    problems += [
+        f"{key} {values[key]!r} is not implemented (must be {' or '.join(map(repr, known))})"
+        for key, known in _RULES.items()
+        if not problems and key in values and values[key] not in known
+    ]
     if not problems:
         try:
             preprocess = Preprocess(
@@ -111,7 +133,10 @@ def given(data: dict[str, Any], path: Path) -> Given:
         )
     except FormatError as error:
         raise ConversionError(str(error)) from None
-    rest = ("image_size", "labels", "num_heads", "num_classes", "norm_eps", "architecture")
+    rest = ("image_size", "labels", "num_heads", "num_classes", "norm_eps", "architecture",
+            "position_resize")  # fmt: skip
     return Given(
-        path, preprocess, exits=exits, **{key: values[key] for key in rest if key in values}
-    )
+        path, preprocess, exits=exits,
+        mixed={key: values[key] for key in MIXED if key in values},
+        **{key: values[key] for key in rest if key in values},
+    )  # fmt: skip

@@ -30,6 +30,10 @@ class Report:
         gated = f" with {self.gates.gate_type} gates" if self.gates else ""
         if isinstance(spec, VisionSpec) and spec.exits:
             gated = f" with {len(spec.exits)} exits by {spec.exits[0].criterion}"
+        elif isinstance(spec, VisionSpec) and spec.scales is not None:
+            gated = f" with {len(spec.scales.ratios) + 1} scales"
+        elif isinstance(spec, VisionSpec) and spec.reduction is not None:
+            gated = f" with token reduction by {spec.reduction.method}"
         stored = (isinstance(spec, DecoderSpec) and spec.quantization) or spec.dtype
         resumed = f", {self.resumed} of them from an earlier run" if self.resumed else ""
         first = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -241,8 +242,9 @@ def same_values(weights: Checkpoint, one: str, other: str) -> bool:
     shape = weights.entries[one].shape
     if shape != weights.entries[other].shape:
         return False
-    for start in range(0, shape[0], _COMPARE_ROWS):
-        stop = min(start + _COMPARE_ROWS, shape[0])
+    rows = math.prod(shape[:-1] or shape)
+    for start in range(0, rows, _COMPARE_ROWS):
+        stop = min(start + _COMPARE_ROWS, rows)
         pair = (weights.rows(name, start, stop).float() for name in (one, other))
         if not torch.equal(*pair):
             return False

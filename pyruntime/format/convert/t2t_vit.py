@@ -27,7 +27,7 @@ def read(weights: Checkpoint, given: Given) -> Found:
         )
     found = read_backbone(
         weights, _NAMES, given, "t2t_vit", norm_eps=1e-5, pool="class", stem="t2t",
-        patch_size=T2T_PATCH,
+        patch_size=T2T_PATCH, position_resize="bicubic",
     )  # fmt: skip
     if given.num_heads is None:
         found.notes[:] = []  # they are 64 wide in every T2T-ViT

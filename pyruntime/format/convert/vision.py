@@ -63,12 +63,16 @@ class Found:
     Attributes:
         fields: those of VisionSpec, without exits, width and dtype.
         covered: prefix rows, counted from the first, that `positions` has rows for.
+        grid: rows and columns of patches that `positions` were learned for.
+        patch: side of the patches that the kernel was learned for.
         notes: what was concluded from little.
     """
 
     names: Names
     fields: dict[str, Any]
     covered: int
+    grid: tuple[int, int]
+    patch: int
     notes: list[str] = field(default_factory=list)
 
 
@@ -83,18 +87,21 @@ def read_backbone(
     stem: str = "patch",
     patch_size: int | None = None,
     mlp_size: int | None = None,
+    position_resize: str = "bicubic_aa",
 ) -> Found:
     """The fields of VisionSpec that the shapes of `weights` tell.
 
     `patch_size` and `mlp_size` are read from the tensors unless they are given, `pool` follows from
-    what there is.
+    what there is. `position_resize` is the family's rule, unless `given` has another.
 
     Raises:
         ConversionError: what is missing or contradicts `given`, one line each.
     """
-    return _Reader(weights, names, given).read(
+    found = _Reader(weights, names, given).read(
         source_family, norm_eps, pool, stem, patch_size, mlp_size
     )
+    found.fields["position_resize"] = given.position_resize or position_resize
+    return found
 
 
 def heads_of(given: Given, hidden: int) -> tuple[int, str]:
@@ -142,14 +149,15 @@ class _Reader:
         prefix = sum(self._shape(name, 3)[1] for name in names.tokens if name in entries)
         self._raise()
         hidden = positions[-1]
-        image_size, covered = self._grid(positions[1], prefix, patch)
+        grid, covered = self._grid(positions[1], prefix, patch)
         heads, how = heads_of(given, hidden)
         if pool is None:
             pool = self._pool()
         after = f"{names.fc_norm}.weight" in entries
         self._raise()
         fields: dict[str, Any] = {
-            "source_family": source_family, "image_size": image_size, "stem": stem,
+            "source_family": source_family, "stem": stem,
+            "image_size": given.image_size or (grid[0] * patch, grid[1] * patch),
             "patch_size": patch, "hidden_size": hidden, "num_layers": self._layers(),
             "num_heads": heads, "mlp_size": up[0], "num_classes": head[0],
             "norm_eps": norm_eps if given.norm_eps is None else given.norm_eps,
@@ -163,7 +171,7 @@ class _Reader:
         }  # fmt: skip
         if stem == "t2t":
             fields["patch_bias"] = True
-        return Found(names, fields, covered, [f"{heads} heads: {how}"])
+        return Found(names, fields, covered, grid, patch, [f"{heads} heads: {how}"])
 
     def _layers(self) -> int:
         """How many layers have tensors; a gap between them shows as what is missing and unused."""
@@ -209,31 +217,36 @@ class _Reader:
         return 1
 
     def _grid(self, rows: int, prefix: int, patch: int) -> tuple[tuple[int, int], int]:
-        """The image size, and how many of the `rows` of the positions belong to prefix rows."""
+        """The grid of the positions, and how many of their `rows` belong to prefix rows.
+
+        It is that of the image size where they fit, and else the one square grid that they may be:
+        such positions are resized.
+        """
         names, size = self._names, self._given.image_size
         single = sum(name in self._entries for name in names.tokens[:2])
         options = dict.fromkeys((prefix, min(single, prefix), 0))
-        if size is not None:
-            count = (size[0] // patch) * (size[1] // patch)
-            for covered in options:
-                if rows == count + covered:
-                    return size, covered
-            text = " or ".join(str(count + covered) for covered in sorted(options))
-            self._problems.append(
-                f"{names.positions} has {rows} rows, expected {text} for {size[0]} x {size[1]} "
-                f"pixels in patches of {patch}; positions are not resized"
-            )
-            return size, 0
+        wanted = (0, 0) if size is None else (size[0] // patch, size[1] // patch)
+        for covered in options if size is not None else ():
+            if rows == wanted[0] * wanted[1] + covered:
+                return wanted, covered
         squares = {covered: math.isqrt(rows - covered) for covered in options if rows > covered}
         fitting = {c: side for c, side in squares.items() if side * side == rows - c}
-        if len(fitting) != 1:
+        if len(fitting) == 1:
+            covered, side = fitting.popitem()
+            return (side, side), covered
+        if size is None:
             self._problems.append(
                 f"{names.positions} has {rows} rows, which do not tell the grid of the patches: "
                 f"image_size [height, width] is needed in {self._given.where}"
             )
-            return (patch, patch), 0
-        covered, side = fitting.popitem()
-        return (side * patch, side * patch), covered
+        else:
+            counts = sorted(wanted[0] * wanted[1] + covered for covered in options)
+            self._problems.append(
+                f"{names.positions} has {rows} rows, expected {' or '.join(map(str, counts))} for "
+                f"{size[0]} x {size[1]} pixels in patches of {patch}; positions of another image "
+                "size are resized where they are those of one square grid"
+            )
+        return (1, 1), 0
 
     def _shape(self, name: str, rank: int) -> tuple[int, ...]:
         entry = self._entries.get(name)

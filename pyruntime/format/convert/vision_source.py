@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,13 @@ from torch import Tensor
 
 from pyruntime.errors import ConversionError, FormatError
 from pyruntime.format.convert import (
+    apt,
     checkpoint,
     exits,
     hf_vit,
+    msvit,
     preprocess,
+    reduction,
     t2t_vit,
     timm_vit,
     torchvision_acm,
@@ -25,43 +28,31 @@ from pyruntime.format.convert.checkpoint import Checkpoint, dense, flatten
 from pyruntime.format.convert.families import VISION
 from pyruntime.format.convert.preprocess import Given
 from pyruntime.format.convert.source import Source, description_files
-from pyruntime.format.convert.torchvision_acm import Rule
 from pyruntime.format.convert.vision import Found
-from pyruntime.format.spec import ExitSpec, VisionSpec
+from pyruntime.format.convert.vision_options import VisionOptions, adapt
+from pyruntime.format.spec import VisionSpec
 
 # A name that ends so is of a vision transformer, whatever is wrapped around it.
 _MARKS = ("patch_embed.proj.weight", "tokens_to_token.project.weight", torchvision_acm.MARK)
 # What holds a state dict in a training checkpoint; where there are several, the first counts.
 _WRAPPERS = ("state_dict_ema", "model_ema", "model_state", "model", "net", "state_dict")
-# What training wrappers (DataParallel, torch.compile) put in front of every name.
-_PREFIXES = ("module.", "_orig_mod.")
-
-
-@dataclass(frozen=True, slots=True)
-class VisionOptions:
-    """What only the caller can say. `heads` is a folder of warm-up heads."""
-
-    preprocess: Path | None = None
-    heads: Path | None = None
-    rule: exits.Rule | None = None
-    width: Rule | None = None
-
-    @property
-    def named(self) -> list[str]:
-        """The options that were given."""
-        values = {"preprocess": self.preprocess, "heads": self.heads, "exit": self.rule,
-                  "width_rule": self.width}  # fmt: skip
-        return [name for name, value in values.items() if value is not None]
+# What wrappers put in front of every name: DataParallel, torch.compile,
+# and Lightning modules that call their network so.
+_PREFIXES = ("module.", "_orig_mod.", "net.")
 
 
 def is_folder(folder: Path) -> bool:
-    """Whether a config.json is of a vision model: of timm, or of transformers."""
+    """Whether it holds a vision model: of timm, of transformers, or an MSViT container."""
     data = _config(folder)
-    return "architecture" in data or data.get("model_type") in VISION
+    if "architecture" in data or data.get("model_type") in VISION:
+        return True
+    return msvit.file_in(folder) is not None
 
 
 def is_file(path: Path) -> bool:
     """Whether a file holds tensors of a vision transformer, under whatever wrapper."""
+    if path.suffix == ".safetensors" and msvit.is_container(path):
+        return True
     try:
         if path.suffix == ".safetensors":
             names = set(checkpoint.open_file(path).entries)
@@ -73,11 +64,14 @@ def is_file(path: Path) -> bool:
 
 
 def open_folder(folder: Path, options: VisionOptions) -> Source:
-    """A folder of timm's hub or of transformers as a source.
+    """A folder of timm's hub or of transformers, or with an MSViT container, as a source.
 
     Raises:
         UnsupportedModel, ConversionError: everything that is wrong with it.
     """
+    container = msvit.file_in(folder)
+    if container is not None:
+        return open_file(container, options)
     given = None
     if options.preprocess is not None:
         given = preprocess.read_sidecar(folder, options.preprocess)
@@ -91,9 +85,11 @@ def open_folder(folder: Path, options: VisionOptions) -> Source:
         weights = checkpoint.open_folder(folder)
         found = hf_vit.read(weights, hf, facts)
         described += (folder / hf_vit.PROCESSOR,) if given is None else ()
-    described += () if given is None else (given.where,)
-    exits_given = () if given is None else given.exits
-    return _source(folder, weights, found, options, described, exits_given)
+    if given is not None:
+        described += (given.where,)
+        if given.image_size is not None:
+            found.fields["image_size"] = given.image_size
+    return _source(folder, weights, found, options, described, given)
 
 
 def open_file(path: Path, options: VisionOptions) -> Source:
@@ -102,7 +98,6 @@ def open_file(path: Path, options: VisionOptions) -> Source:
     Raises:
         UnsupportedModel, ConversionError: everything that is wrong with it.
     """
-    given = preprocess.read_sidecar(path, options.preprocess)
     notes: list[str] = []
     positions = None
     if path.suffix == ".safetensors":
@@ -115,15 +110,26 @@ def open_file(path: Path, options: VisionOptions) -> Source:
         if wrapper and others:
             notes.append(f"of the file's {', '.join([wrapper, *others])} the first is taken")
     weights = weights.renamed(_bare)
-    if any(name.startswith(t2t_vit.MARK) for name in weights.entries):
-        found = t2t_vit.read(weights, given)
-    elif torchvision_acm.MARK in weights.entries:
-        weights, found = torchvision_acm.read(weights, given, options.width or "paper")
+    if msvit.is_mixed(weights) or msvit.is_container(path):
+        found, given = msvit.read(path, weights, options.preprocess)
     else:
-        found = timm_vit.read(weights, given)
+        given = preprocess.read_sidecar(path, options.preprocess)
+        weights, found = _read(weights, given, options)
     found.notes += notes
-    return _source(path.parent, weights, found, options, (given.where,), given.exits, path,
-                   positions)  # fmt: skip
+    described = (given.where,) if given.where != path else ()
+    return _source(path.parent, weights, found, options, described, given, path, positions)
+
+
+def _read(weights: Checkpoint, given: Given, options: VisionOptions) -> tuple[Checkpoint, Found]:
+    """A bare checkpoint under any family's names, and the view of it that they need."""
+    if any(name.startswith(t2t_vit.MARK) for name in weights.entries):
+        return weights, t2t_vit.read(weights, given)
+    if torchvision_acm.MARK in weights.entries:
+        return torchvision_acm.read(weights, given, options.width_rule or "paper")
+    if apt.MARK in weights.entries:
+        weights = apt.renamed(weights)
+        return weights, apt.read(weights, given, options.scales)
+    return weights, timm_vit.read(weights, given)
 
 
 def _source(
@@ -132,19 +138,21 @@ def _source(
     found: Found,
     options: VisionOptions,
     described: tuple[Path, ...],
-    declared: tuple[ExitSpec, ...],
+    given: Given | None,
     file: Path | None = None,
     positions: Any = None,
 ) -> Source:
     if options.heads is not None:
         weights = weights.joined(exits.read_heads(options.heads))
-    if options.width is not None and "width" not in found.fields:
+    if options.width_rule is not None and "width" not in found.fields:
         raise ConversionError(f"{folder}: width_rule given, but nothing in it is adaptive")
-    exits.check_declared(weights, declared, options.rule)
+    declared = () if given is None else given.exits
+    exits.check_declared(weights, declared, options.exit)
     leaving, notes = declared, list[str]()
     if not declared:
         layers = found.fields["num_layers"]
-        leaving, notes = exits.read_exits(weights, layers, options.rule, positions)
+        leaving, notes = exits.read_exits(weights, layers, options.exit, positions)
+    notes += adapt(weights, found, options, given)
     try:
         spec = VisionSpec(**found.fields, exits=leaving)
     except FormatError as error:
@@ -154,6 +162,10 @@ def _source(
     if spec.stem == "t2t":
         t2t_vit.add_stem(made)
     torchvision_acm.add_width(made, spec)
+    if spec.scales is not None and spec.scales.embed == "conv":
+        apt.add_scales(made, spec)
+    msvit.add_scales(made, spec, found)
+    reduction.add_reduction(made, spec)
     (exits.add_declared if declared else exits.add_exits)(made, spec)
     provenance: dict[str, Any] = {}
     tradeoff = exits.tradeoff(file) if file is not None and spec.exits else None
@@ -162,6 +174,7 @@ def _source(
         notes.append(f"trained with a trade-off (lambda) of {tradeoff:g}, says the file's name")
     return Source(
         folder, spec, made.result(), tensors=made.tensors, described_by=described,
+        copies={copy: of for copy, of in apt.COPIES.items() if copy in weights.entries},
         notes=(*found.notes, *notes), provenance=provenance,
     )  # fmt: skip
 
@@ -170,9 +183,9 @@ def _merged(config: Given, given: Given | None) -> Given:
     """What the configuration says, except for the preprocessing where that is given."""
     if given is None:
         return config
-    return Given(
-        given.where, given.preprocess, config.image_size, given.labels or config.labels,
-        config.num_heads, config.num_classes, config.norm_eps, config.architecture,
+    return dataclasses.replace(
+        config, where=given.where, preprocess=given.preprocess,
+        labels=given.labels or config.labels, position_resize=given.position_resize,
     )  # fmt: skip
 
 
