@@ -16,10 +16,45 @@ from pyruntime.layers.residual import Linear
 
 
 class Rows(NamedTuple):
-    """Rows x [T, d] of n images, and where each image begins: ends int32 [n + 1]."""
+    """Rows of n images, one image after the other.
+
+    Attributes:
+        x: [T, d].
+        ends: int32 [n + 1], where each image begins; ``ends[n] == T``.
+        sizes: float32 [T], how many tokens a row stands for; None: 1 each, or nobody asks.
+        began: int32 [n], patch rows that each image began with; None where no rows leave.
+    """
 
     x: Tensor
     ends: Tensor
+    sizes: Tensor | None = None
+    began: Tensor | None = None
+
+
+class Seen(NamedTuple):
+    """What a reduction sees of the attention before it: q and k [T, heads * d] of all rows."""
+
+    q: Tensor
+    k: Tensor
+    heads: int
+    scale: float
+
+
+class Reduces(Protocol):
+    """What takes rows out of a block; see `pyruntime.layers.reduce`.
+
+    The prefix rows of an image stay, and stay its first ones.
+    """
+
+    @property
+    def leads(self) -> bool:
+        """Before the attention; else between it and the rest of the block."""
+
+    def before(self, ops: ModuleType, rows: Rows) -> Rows:
+        """The rows that the block sees."""
+
+    def between(self, ops: ModuleType, rows: Rows, seen: Seen) -> Rows:
+        """The rows after the attention that the rest of the block sees."""
 
 
 class Branch(Protocol):
@@ -126,6 +161,7 @@ class VisionBlock:
     Attributes:
         heads: of equal width.
         query_norm, key_norm: over the channels of every head, or None.
+        proportional: a key counts as often as the tokens that its row stands for.
     """
 
     norm1: LayerNorm
@@ -137,6 +173,7 @@ class VisionBlock:
     output: Branch
     norm2: LayerNorm
     mlp: Branch
+    proportional: bool = False
 
     def __call__(
         self,
@@ -144,37 +181,63 @@ class VisionBlock:
         rows: Rows,
         meter: Meter | None = None,
         wanted: Rows | None = None,
-    ) -> None:
-        """Run the block on the rows of n images, in place (``rows.x`` is mutated).
+        reduction: Reduces | None = None,
+    ) -> Rows:
+        """Run the block on the rows of n images (``rows.x`` is mutated).
 
         Args:
             meter: of the n images, None without adaptive width.
-            wanted: the only rows whose result matters: their numbers, int32 [R], cut into images.
-                All rows serve as keys and values, but the others keep their input: the bits of the
-                wanted rows are those of the whole block.
+            wanted: the only rows whose result matters, of the first ones of every image: their
+                numbers, int32 [R], cut into images. All rows serve as keys and values, but the
+                others keep their input: the bits of the wanted rows are those of the whole block.
+            reduction: takes rows out. One that acts after the attention does not run with `wanted`:
+                the wanted rows do not depend on it.
+
+        Returns:
+            `rows` where all stay; else those that are left, in another matrix.
         """
-        normed = Rows(self.norm1(ops, rows.x), rows.ends)
+        if reduction is not None and reduction.leads:
+            left = reduction.before(ops, rows)
+            wanted = None if wanted is None else _moved(wanted, rows.ends, left.ends)
+            rows = left
+        normed = Rows(self.norm1(ops, rows.x), rows.ends, rows.sizes)
         if wanted is None:
-            self._update(ops, rows, None, normed, meter)
-            return
+            return self._update(ops, rows, None, normed, meter, reduction)
         asking = Rows(self.norm1(ops, rows.x, rows=wanted.x), wanted.ends)
         at = wanted.x.long()
         out = Rows(rows.x[at], wanted.ends)
-        self._update(ops, out, asking, normed, meter)
+        self._update(ops, out, asking, normed, meter, None)
         rows.x[at] = out.x
+        return rows
 
     def _update(
-        self, ops: ModuleType, out: Rows, asking: Rows | None, normed: Rows, meter: Meter | None
-    ) -> None:
+        self,
+        ops: ModuleType,
+        out: Rows,
+        asking: Rows | None,
+        normed: Rows,
+        meter: Meter | None,
+        reduction: Reduces | None,
+    ) -> Rows:
         """Both branches of ``out.x`` (mutated), whose normed rows are `asking`, or all."""
         q, k, v = self.projections(ops, asking, normed, meter)
         if self.query_norm is not None:
             q = _norm_heads(ops, self.query_norm, q)
         if self.key_norm is not None:
             k = _norm_heads(ops, self.key_norm, k)
-        y = ops.attention_varlen(q, k, v, out.ends, normed.ends, self.heads, self.scale)
+        bias = normed.sizes.log() if self.proportional and normed.sizes is not None else None
+        y = ops.attention_varlen(q, k, v, out.ends, normed.ends, self.heads, self.scale, bias)
         self.output.add(ops, y, out.x, out.ends, meter)
+        if reduction is not None:
+            out = reduction.between(ops, out, Seen(q, k, self.heads, self.scale))
         self.mlp.add(ops, self.norm2(ops, out.x), out.x, out.ends, meter)
+        return out
+
+
+def _moved(wanted: Rows, before: Tensor, after: Tensor) -> Rows:
+    """The first rows of images, whose ends were `before` and now are `after`."""
+    shift = (after - before)[:-1].repeat_interleave(wanted.ends.diff())
+    return wanted._replace(x=wanted.x + shift)
 
 
 def _norm_heads(ops: ModuleType, norm: LayerNorm, x: Tensor) -> Tensor:

@@ -117,7 +117,9 @@ def test_a_budget_below_one_expert_is_refused() -> None:
 
 
 def test_a_record_of_another_kind_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="kind 'other' is not one of gateskip, experts, exits"):
+    with pytest.raises(
+        InvalidInput, match="kind 'other' is not one of gateskip, experts, exits, scales"
+    ):
         Calibration(record(kind="other"))
 
 
@@ -135,3 +137,37 @@ def test_exits() -> None:
         assert first == pytest.approx(expected) and second == torch.inf
     with pytest.raises(InvalidInput, match=r"smallest of this model is 0\.5"):
         exits.confidence(0.4)
+
+
+def scales(**changes: Any) -> dict[str, Any]:
+    """Patches, then two exits."""
+    return {
+        "kind": "scales",
+        "budgets": [1.0, 0.6, 0.3],
+        "thresholds": [[None, None, None], [2.0, None, 0.5], [None, 0.25, 0.75]],
+        "default_budget": None,
+    } | changes
+
+
+@pytest.mark.parametrize(
+    ("budget", "scale", "exits"),
+    [
+        (1.0, torch.inf, [torch.inf, torch.inf]),
+        (0.99, 2.0, [torch.inf, 0.5]),
+        (0.6, 2.0, [torch.inf, 0.5]),
+        (0.59, torch.inf, [0.25, 0.75]),
+        (0.3, torch.inf, [0.25, 0.75]),
+    ],
+)
+def test_scales_take_the_costliest_entry_that_a_budget_allows(
+    budget: float, scale: float, exits: list[float]
+) -> None:
+    found = Calibration(scales())
+    assert found.scale(budget) == scale
+    assert found.confidence(budget).tolist() == exits
+    assert found.default_budget is None and found.least == 0.3
+
+
+def test_scales_below_the_smallest_budget() -> None:
+    with pytest.raises(InvalidInput, match=r"smallest of this model is 0\.3"):
+        Calibration(scales()).scale(0.29)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyruntime.errors import InvalidInput
-from pyruntime.gates.policy import ComputePolicy, ExpertPolicy
+from pyruntime.gates.policy import SCALE_SOURCES, ComputePolicy, ExpertPolicy, ScalePolicy
 
 LIMITS = st.fixed_dictionaries(
     {},
@@ -39,6 +39,11 @@ LIMITS = st.fixed_dictionaries(
         ({"exit": {"tau": 0.0}}, "exit: tau must be a positive number, got 0.0"),
         ({"exit": {"level": -1}}, "exit: level must be an integer of 0 or more, got -1"),
         ({"exit": {"depth": 2}}, "exit: unknown field 'depth'"),
+        (
+            {"scales": "fine"},
+            "scales: expected one of learned, .*or random:TOKENS:SEED, got 'fine'",
+        ),
+        ({"scales": {"threshold": math.inf}}, "scales: threshold must be a finite number"),
         ({"experts": 0}, "slots must be an integer of 1 or more, got 0"),
         ({"experts": True}, "expected an integer, or an object of slots, gap, mass, got True"),
         ({"experts": 1.0}, "expected an integer, or an object"),
@@ -99,3 +104,86 @@ def test_a_row_of_limits_has_a_place_for_each(limits: dict[str, Any], k: int) ->
 
 def test_limits_as_words() -> None:
     assert str(ExpertPolicy(slots=2, mass=0.8)) == "slots=2,mass=0.8"
+
+
+SCALES = st.one_of(
+    st.fixed_dictionaries(
+        {"source": st.sampled_from(["learned", "variance", "entropy"])},
+        optional={
+            "threshold": st.floats(-9, 9) | st.lists(st.floats(-9, 9), min_size=1, max_size=3),
+            "tokens": st.integers(1, 999),
+        },
+    ),
+    st.fixed_dictionaries(
+        {"source": st.sampled_from(["random", "quadtree"]), "tokens": st.integers(1, 999)},
+        optional={"seed": st.integers(0, 2**62)},
+    ),
+    st.fixed_dictionaries({"source": st.sampled_from(["all_fine", "all_coarse"])}),
+    st.fixed_dictionaries({"threshold": st.floats(-9, 9)}),
+)
+
+
+@given(SCALES)
+def test_scales_are_their_json(fields: dict[str, Any]) -> None:
+    policy = ScalePolicy.of(fields)
+    assert ScalePolicy.of(json.loads(json.dumps(fields))) == policy
+    assert ScalePolicy.of(policy) is policy and hash(policy) == hash(ScalePolicy.of(fields))
+    asked = ComputePolicy(scales=fields)  # type: ignore[arg-type]  # JSON
+    assert asked == ComputePolicy(scales=policy) and asked.scale_policy == policy
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("all_fine", ScalePolicy("all_fine")),
+        ("all_coarse", ScalePolicy("all_coarse")),
+        ("learned", ScalePolicy("learned")),
+        ("random:31:7", ScalePolicy("random", tokens=31, seed=7)),
+        ("random:31", ScalePolicy("random", tokens=31)),
+        (0, ScalePolicy(threshold=0.0)),
+        (-1.5, ScalePolicy(threshold=-1.5)),
+    ],
+)
+def test_scales_by_their_names(value: Any, expected: ScalePolicy) -> None:
+    assert ScalePolicy.of(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({}, "expected at least one of source, threshold, tokens"),
+        ({"seed": 3}, "expected at least one of source, threshold, tokens"),
+        ({"source": "guess"}, "source must be one of learned, variance, .* got 'guess'"),
+        ({"source": "all_fine", "threshold": 1.0}, "threshold belongs to learned, variance, entr"),
+        ({"source": "random", "tokens": 9, "threshold": 1.0}, "threshold belongs to"),
+        ({"source": "all_coarse", "tokens": 9}, "all_coarse leaves nothing for tokens to choose"),
+        ({"source": "random"}, "random needs tokens"),
+        ({"source": "quadtree"}, "quadtree needs tokens"),
+        ({"threshold": "1"}, "threshold must be a finite number, .* got '1'"),
+        ({"threshold": []}, "threshold must be a finite number"),
+        ({"threshold": [1.0, math.nan]}, "threshold must be a finite number"),
+        ({"threshold": True}, "threshold must be a finite number"),
+        ({"tokens": 0}, "tokens must be an integer of 1 or more, got 0"),
+        ({"tokens": 2.0}, "tokens must be an integer"),
+        ({"source": "random", "tokens": 9, "seed": -1}, "seed must be an integer"),
+        ({"depth": 1}, "unknown field 'depth'; known: source, threshold, tokens, seed"),
+        ("random", "random needs tokens"),
+        ("random:", "or random:TOKENS:SEED, got 'random:'"),
+        ("random:1:2:3", "random:TOKENS:SEED"),
+        ("random:-1", "random:TOKENS:SEED"),
+        ("all_fine:3", "random:TOKENS:SEED, got 'all_fine:3'"),
+        (True, "expected a number, a source, .* got True"),
+        (None, "expected a number, a source"),
+        ([1], "expected a number, a source"),
+    ],
+)
+def test_scales_refuse(value: object, message: str) -> None:
+    with pytest.raises(InvalidInput, match=f"scales: .*{message}"):
+        ScalePolicy.of(value)
+
+
+def test_every_source_has_a_policy() -> None:
+    for source in SCALE_SOURCES:
+        tokens = 9 if source in ("random", "quadtree") else None
+        assert ScalePolicy(source, tokens=tokens).source == source
+    assert str(ScalePolicy("random", tokens=9, seed=2)) == "source=random,tokens=9,seed=2"
