@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pyruntime.gates.policy import ComputePolicy as ComputePolicy
     from pyruntime.gates.policy import ExitPolicy as ExitPolicy
     from pyruntime.gates.policy import ExpertPolicy as ExpertPolicy
+    from pyruntime.gates.policy import ScalePolicy as ScalePolicy
     from pyruntime.plan import Plan as Plan
 
 _HOMES = {
@@ -39,6 +40,7 @@ _HOMES = {
     "Plan": "pyruntime.plan",
     "Runtime": "pyruntime.engine.runtime",
     "SamplingParams": "pyruntime.engine.request",
+    "ScalePolicy": "pyruntime.gates.policy",
     "VisionOutput": "pyruntime.engine.vision",
     "VisionRuntime": "pyruntime.engine.vision",
     "convert": "pyruntime.format.convert",

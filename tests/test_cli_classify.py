@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pyruntime import Classifier, ComputePolicy, ExitPolicy
+from pyruntime import Classifier, ComputePolicy, ExitPolicy, ScalePolicy
 from pyruntime.cli import main, policies
 from pyruntime.errors import InvalidInput
 from tests.profile.exit_models import CLASSES, folder, pixels
@@ -167,3 +167,141 @@ def test_classes_have_names_where_the_checkpoint_names_them(
     assert run(tmp_path / "model", images[0], "--top", "2") == 0
     out = capsys.readouterr().out
     assert ": animal " in out and "level 0 of 0" in out
+
+
+# ---- mixed scales: the trained model of the golden files ----
+
+DATA = Path(__file__).resolve().parent / "data"
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from pyruntime.format.convert import convert
+
+    path = tmp_path_factory.mktemp("mixed") / "model"
+    convert(DATA / "msvit_digits_r4.safetensors", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    from safetensors.torch import load_file
+
+    place = tmp_path_factory.mktemp("scenes")
+    arrays = load_file(DATA / "vectors.safetensors")["images_u8_nhwc"].numpy()
+    paths = [place / f"{number}.png" for number in range(len(arrays))]
+    for path, array in zip(paths, arrays, strict=True):
+        Image.fromarray(array).save(path)
+    return paths
+
+
+def test_tokens_of_mixed_scales(
+    mixed: Path, scenes: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(mixed, *scenes, "--top", "1") == 0
+    *lines, _, total = capsys.readouterr().out.splitlines()
+    tokens = [re.search(r", (\d+) of 257 tokens, .* of 129 MMACs", line) for line in lines]
+    assert [int(found[1]) for found in tokens if found] == [32, 47] + [32] * 14
+    assert "mean 32.9 of 257.0 tokens" in total
+    found = []
+    for chosen in ("all_coarse", "threshold=-1", "0", "source=variance,tokens=61", "all_fine"):
+        assert run(mixed, scenes[0], "--json", "--scales", chosen) == 0
+        found.append(json.loads(capsys.readouterr().out)["images"][0])
+    assert [one["tokens"] for one in found] == [17, 32, 32, 62, 257]
+    assert [sum(map(sum, one["fine_regions"])) for one in found] == [0, 1, 1, 3, 16]
+    assert found[-1]["compute"] == 1.0 > found[-2]["compute"]
+
+
+def test_regions_are_drawn(
+    tmp_path: Path, mixed: Path, scenes: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = tmp_path / "one.png"
+    assert run(mixed, scenes[1], "--regions", one) == 0
+    assert f"wrote {one}" in capsys.readouterr().out
+    with Image.open(one) as picture:
+        assert picture.width == 512 and picture.height > 512
+        facts = picture.text  # type: ignore[attr-defined]
+    with Classifier(mixed) as classifier:
+        (answer,) = classifier.classify(scenes[1])
+    assert facts["class"] == str(answer.label) and facts["image"] == str(scenes[1])
+    assert (facts["tokens"], facts["tokens_dense"]) == ("47", "257")
+    assert facts["macs"] == str(answer.macs) and facts["macs_dense"] == str(answer.macs_dense)
+    other = tmp_path / "other" / "1.png"
+    other.parent.mkdir()
+    other.write_bytes(scenes[1].read_bytes())
+    folder = tmp_path / "drawn"
+    assert run(mixed, scenes[1], scenes[2], other, "--json", "--regions", folder) == 0
+    drawn = [image["drawn"] for image in json.loads(capsys.readouterr().out)["images"]]
+    names = ["1_regions.png", "2_regions.png", "1_regions_2.png"]
+    assert drawn == [str(folder / name) for name in names]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+
+
+def test_native_images(tmp_path: Path, mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "wide.png"
+    Image.new("RGB", (130, 30)).save(path)
+    assert run(mixed, path, "--native", "--json", "--scales", "all_fine") == 0
+    assert json.loads(capsys.readouterr().out)["images"][0]["tokens"] == 1 + 32 * 8
+    words = ["--native", "--max-patches", "64", "--regions", tmp_path / "drawn.png"]
+    assert run(mixed, path, "--json", *words) == 0
+    assert json.loads(capsys.readouterr().out)["images"][0]["tokens_dense"] == 1 + 16 * 4
+    with Image.open(tmp_path / "drawn.png") as picture:
+        assert picture.width == 512
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("all_fine", ScalePolicy("all_fine")),
+        ("random:31:7", ScalePolicy("random", tokens=31, seed=7)),
+        ("0", ScalePolicy(threshold=0.0)),
+        ("-1.5", ScalePolicy(threshold=-1.5)),
+        ("tokens=60", ScalePolicy(tokens=60)),
+        ("source=variance, tokens=60", ScalePolicy("variance", tokens=60)),
+        ("source=entropy,threshold=4/5.75", ScalePolicy("entropy", threshold=(4.0, 5.75))),
+        ("source=random,tokens=9,seed=3", ScalePolicy("random", tokens=9, seed=3)),
+    ],
+)
+def test_scales_as_they_are_typed(text: str, expected: ScalePolicy) -> None:
+    assert policies.scales(text) == expected
+    assert ComputePolicy(scales=policies.scales(text)).scale_policy == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "fine", "nan", "inf", "1e", "tokens=", "tokens=a", "tokens=1.5", "tokens=0",
+             "depth=1", "source=fine", "threshold=1/", "source=random", "random:1:x"],
+)  # fmt: skip
+def test_scales_that_are_refused(text: str) -> None:
+    with pytest.raises(InvalidInput, match="scales: "):
+        policies.scales(text)
+
+
+def test_refusals_of_mixed_scales_are_one_line(
+    tmp_path: Path,
+    model: Path,
+    images: list[Path],
+    mixed: Path,
+    scenes: list[Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one, two = scenes[:2]
+    for words, message in (
+        ([mixed, one, "--scales", "none"], "scales: expected one of"),
+        ([mixed, one, "--scales", "tokens=15"], "tokens=15, but all coarse the image has 16"),
+        ([mixed, one, "--scales", "all_fine", "--budget", "0.5"], "give one of them"),
+        ([mixed, one, "--budget", "0.5"], "run `pyruntime calibrate` first"),
+        ([mixed, one, "--exit", "0.5"], "this model has none"),
+        ([mixed, one, two, "--regions", tmp_path / "a.png"], "one file cannot show 2 images"),
+        ([mixed, one, "--regions", one], "is one of the images"),
+        ([mixed, one, "--max-patches", "64"], "images are not native"),
+        ([mixed, one, "--native", "--max-patches", "9"], "max_patches must be at least 16"),
+        ([model, images[0], "--scales", "all_fine"], "this model has one scale only"),
+        ([model, images[0], "--regions", tmp_path], "this model has one scale only"),
+    ):
+        assert message in error(capsys, *words)
+    whole = (tmp_path / "cut.jpg", tmp_path / "empty.png")
+    Image.new("RGB", (64, 64), (200, 10, 10)).save(whole[0])
+    whole[0].write_bytes(whole[0].read_bytes()[:400])
+    whole[1].write_bytes(b"")
+    assert "cut.jpg: " in error(capsys, mixed, whole[0], "--regions", tmp_path)
+    assert "empty.png: not an image" in error(capsys, mixed, whole[1])

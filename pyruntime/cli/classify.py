@@ -5,71 +5,87 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from pyruntime.cli import policies
-from pyruntime.engine.classification import Classification, Label
+from pyruntime.cli import policies, words
+from pyruntime.cli.regions import RegionFiles
+from pyruntime.engine.classification import Classification
 from pyruntime.engine.classifier import Classifier
+from pyruntime.errors import InvalidInput
 from pyruntime.gates.policy import ComputePolicy
-
-_UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def classify(args: argparse.Namespace) -> int:
     """One block per image as it is done, then one line of totals; or one JSON object."""
     policy = ComputePolicy(
-        budget=args.budget, exit=None if args.exit is None else policies.exits(args.exit)
+        budget=args.budget,
+        exit=None if args.exit is None else policies.exits(args.exit),
+        scales=None if args.scales is None else policies.scales(args.scales),
     )
+    files = None if args.regions is None else RegionFiles(args.regions, args.images)
     results: list[Classification] = []
-    with (
-        Classifier(args.model, top=args.top) as classifier,
-        contextlib.closing(classifier.stream(args.images, policy)) as answers,
-    ):
-        for path, result in zip(args.images, answers, strict=True):
-            results.append(result)
-            if not args.json:
-                print(_text(str(path), result), flush=True)
-    executed = sum(result.macs for result in results)
-    dense = sum(result.macs_dense for result in results)
+    drawn: list[Path] = []
+    options = {"top": args.top, "native": args.native, "max_patches": args.max_patches}
+    with Classifier(args.model, **options) as classifier:
+        if files is not None and classifier.runtime.spec.scales is None:
+            raise InvalidInput("--regions: this model has one scale only")
+        with contextlib.closing(classifier.stream(args.images, policy)) as answers:
+            for number, (path, result) in enumerate(zip(args.images, answers, strict=True)):
+                results.append(result)
+                if not args.json:
+                    print(words.line(str(path), result), flush=True)
+                if files is not None:
+                    drawn.append(files.draw(number, classifier, result))
     if args.json:
-        images = [_facts(str(p), r) for p, r in zip(args.images, results, strict=True)]
-        total = {
-            "images": len(results),
-            "macs": executed,
-            "macs_dense": dense,
-            "compute": executed / dense,
-        }
-        print(json.dumps({"images": images, "total": total}, indent=1))
-    elif len(results) > 1:
-        levels = sum(result.level for result in results) / len(results)
-        print(
-            f"\n{len(results)} images, mean level {levels:.2f} of {results[0].exits}, "
-            f"{_macs(executed, dense)}, mean compute {executed / dense:.1%}"
-        )
+        print(json.dumps(_report(args.images, results, drawn), indent=1))
+        return 0
+    if len(results) > 1:
+        print(_total(results))
+    for place in drawn:
+        print(f"wrote {place}")
     return 0
 
 
-def _text(path: str, result: Classification) -> str:
-    lines = [
-        f"{path}: {_name(result.top[0])} {result.probability:.1%}, level {result.level} of "
-        f"{result.exits}, {_macs(result.macs, result.macs_dense)} ({result.compute:.1%}), "
-        f"{result.run_seconds * 1e3:.1f} ms"
-    ]
-    lines += [f"  {label.probability:6.1%}  {_name(label)}" for label in result.top[1:]]
-    return "\n".join(lines)
+def _total(results: Sequence[Classification]) -> str:
+    count = len(results)
+    executed = sum(result.macs for result in results)
+    dense = sum(result.macs_dense for result in results)
+    levels = sum(result.level for result in results) / count
+    seen = ""
+    if results[0].stops is not None:
+        tokens, whole = (
+            sum(each) / count
+            for each in zip(*((r.tokens, r.tokens_dense) for r in results), strict=True)
+        )
+        seen = f"mean {tokens:.1f} of {whole:.1f} tokens, "
+    return (
+        f"\n{count} images, mean level {levels:.2f} of {results[0].exits}, {seen}"
+        f"{words.macs(executed, dense)}, mean compute {executed / dense:.1%}"
+    )
 
 
-def _name(label: Label) -> str:
-    return f"class {label.index}" if label.name is None else label.name
-
-
-def _macs(executed: int, dense: int) -> str:
-    scale, unit = next(((s, u) for s, u in _UNITS if dense >= s), (1.0, ""))
-    return f"{executed / scale:.3g} of {dense / scale:.3g} {unit}MACs"
+def _report(
+    images: Sequence[Path], results: Sequence[Classification], drawn: Sequence[Path]
+) -> dict[str, Any]:
+    """Plain JSON types."""
+    executed = sum(result.macs for result in results)
+    dense = sum(result.macs_dense for result in results)
+    facts = [_facts(str(path), result) for path, result in zip(images, results, strict=True)]
+    for one, place in zip(facts, drawn, strict=False):
+        one["drawn"] = str(place)
+    total = {
+        "images": len(results),
+        "macs": executed,
+        "macs_dense": dense,
+        "compute": executed / dense,
+    }
+    return {"images": facts, "total": total}
 
 
 def _facts(path: str, result: Classification) -> dict[str, Any]:
-    """Plain JSON types."""
+    regions = result.regions
     return {
         "image": path,
         "top": [
@@ -78,6 +94,9 @@ def _facts(path: str, result: Classification) -> dict[str, Any]:
         ],
         "level": result.level,
         "exits": result.exits,
+        "tokens": result.tokens,
+        "tokens_dense": result.tokens_dense,
+        "fine_regions": None if regions is None else regions.tolist(),
         "macs": result.macs,
         "macs_dense": result.macs_dense,
         "compute": result.compute,

@@ -19,11 +19,11 @@ from pyruntime.profile import report
 from pyruntime.profile.calibrate import Calibrated
 from pyruntime.profile.calibrate import calibrate as calibrate_text
 from pyruntime.profile.data import Corpus, read_corpus
-from pyruntime.profile.exit_calibrate import calibrate_exits
-from pyruntime.profile.exit_sweep import sweep_exits
 from pyruntime.profile.image_data import ImageSet, read_images
 from pyruntime.profile.page import Reported
 from pyruntime.profile.sweep import sweep
+from pyruntime.profile.vision_calibrate import calibrate_vision
+from pyruntime.profile.vision_sweep import sweep_vision
 
 # Options of one kind of model, with their defaults: None in the namespace is not given.
 _TEXT: dict[str, Any] = {
@@ -41,7 +41,7 @@ def calibrate(args: argparse.Namespace) -> int:
             vision = load_vision(args.model)
             images = _images(args, vision)
             options["batch"] = args.batch
-            found = calibrate_exits(vision, images, progress=progress, **options)
+            found = calibrate_vision(vision, images, progress=progress, **options)
         else:
             runtime = load(args.model)
             corpus = _corpus(args, runtime)
@@ -59,7 +59,7 @@ def profile(args: argparse.Namespace) -> int:
         result: Reported
         if is_vision:
             vision = load_vision(args.model)
-            result = sweep_exits(
+            result = sweep_vision(
                 vision,
                 _images(args, vision),
                 values,

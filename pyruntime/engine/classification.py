@@ -1,4 +1,4 @@
-"""The answer to one image: classes, where it left the network, and what it cost."""
+"""The answer to one image: classes, how fine and how deep it was looked at, and what it cost."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyruntime.gates.policy import ComputePolicy
+from pyruntime.gates.scale_layout import ScaleGrid
+from pyruntime.gates.vision_trace import ratio_map
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +36,13 @@ class Classification:
         logits: float32 [C].
         level: the exit it left at, counted from 0; `exits` for the final head.
         exits: how many exits the model has.
+        tokens: rows that it began with: prefix rows and patches of any scale.
+        tokens_dense: those of the image all fine.
+        grid: where its patches of all scales could lie.
+        stops: bool [C], which coarser patches were not divided, see `VisionTrace.stops`; None in a
+            model of one scale.
         macs: multiply-accumulates up to where it left.
-        macs_dense: those of the model without exits.
+        macs_dense: those of the model without exits, all patches fine.
         policy: what was asked for.
         queue_seconds: from submission to the start of its first batch.
         run_seconds: from there to the answer, waiting between stages included.
@@ -45,6 +52,10 @@ class Classification:
     logits: Tensor
     level: int
     exits: int
+    tokens: int
+    tokens_dense: int
+    grid: ScaleGrid
+    stops: Tensor | None
     macs: int
     macs_dense: int
     policy: ComputePolicy
@@ -65,6 +76,22 @@ class Classification:
     def probability(self) -> float:
         """Of the likeliest class."""
         return self.top[0].probability
+
+    @property
+    def ratios(self) -> Tensor | None:
+        """int32 [rows, columns], for every finest patch the side, in finest patches, of the patch
+        that stands for it; None in a model of one scale."""
+        return None if self.stops is None else ratio_map(self.grid, self.stops)
+
+    @property
+    def regions(self) -> Tensor | None:
+        """bool [rows, columns] of the coarsest patches, True where finer ones stand for it; None in
+        a model of one scale."""
+        ratios = self.ratios
+        if ratios is None:
+            return None
+        step = self.grid.ratios[-1]
+        return ratios[::step, ::step] < step
 
     @property
     def compute(self) -> float:

@@ -12,6 +12,7 @@ from types import TracebackType
 
 from pyruntime.engine.classification import Classification
 from pyruntime.engine.images import Image, Preprocessor, as_images
+from pyruntime.engine.native_size import NativeSize
 from pyruntime.engine.vision import VisionRuntime, load_vision
 from pyruntime.engine.wave_thread import (
     ClassifierConfig,
@@ -21,6 +22,7 @@ from pyruntime.engine.wave_thread import (
     WaveThread,
 )
 from pyruntime.errors import InvalidInput
+from pyruntime.format.spec import VisionSpec
 from pyruntime.gates.policy import ComputePolicy
 
 _BATCH = 32
@@ -50,6 +52,8 @@ class Classifier:
         max_wait_ms: float = 0.0,
         capacity: int | None = None,
         max_age: int = 8,
+        native: bool = False,
+        max_patches: int | None = None,
     ) -> None:
         """
         Args:
@@ -58,6 +62,9 @@ class Classifier:
             mode, max_wait_ms, capacity, max_age: see `ClassifierConfig`.
             max_batch: images that run together; None: 32, or one where the model's width rule
                 looks at the whole batch.
+            native: images keep their aspect ratio and are not cropped: no larger than they are,
+                with sides of whole coarsest patches, and at most `max_patches` finest ones.
+            max_patches: None: as many as an image of the model's own size has.
 
         Raises:
             FormatError: the folder is damaged, or holds no vision transformer.
@@ -78,7 +85,10 @@ class Classifier:
         config = ClassifierConfig(mode, max_batch, max_wait_ms, capacity, max_age)
         if self.runtime.exits and max_batch > 1 and mode in ("refill", "compact"):
             self.runtime.times.measure()
-        self.preprocess = Preprocessor(spec.preprocess, spec.image_size)
+        size = _native_size(spec, max_patches) if native else None
+        if size is None and max_patches is not None:
+            raise InvalidInput("max_patches is set, but images are not native")
+        self.preprocess = Preprocessor(spec.preprocess, spec.image_size, size)
         self._thread = WaveThread(self.runtime, config, top)
         # Collected without close: what was submitted is still answered, by the thread alone.
         weakref.finalize(self, self._thread.stop).atexit = False
@@ -103,8 +113,11 @@ class Classifier:
             InvalidInput: an image or policy that cannot be used, or after `close`.
         """
         policy = policy or ComputePolicy()
-        limits = self.runtime.resolve(policy)
-        request = Request(self.preprocess(image), limits, policy)
+        runtime = self.runtime
+        rule, limits = runtime.rule(policy), runtime.resolve(policy)
+        pixels = self.preprocess(image)
+        runtime.rules.check(rule, *pixels.shape[1:])
+        request = Request(pixels, limits, rule, policy)
         self._thread.submit(request)
         return request.future
 
@@ -136,7 +149,9 @@ class Classifier:
         each = as_images(images)
         policies: Iterable[ComputePolicy | None]
         if policy is None or isinstance(policy, ComputePolicy):
-            self.runtime.resolve(policy)  # one that cannot be honoured is no fault of an image
+            # One that cannot be honoured is no fault of an image.
+            self.runtime.rule(policy)
+            self.runtime.resolve(policy)
             policies = itertools.repeat(policy)
         else:
             each = list(each)
@@ -177,6 +192,18 @@ class Classifier:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _native_size(spec: VisionSpec, most: int | None) -> NativeSize:
+    if spec.stem == "t2t":
+        raise InvalidInput(
+            f"native images need a stem of patches; this model's takes {spec.image_size} alone"
+        )
+    ratio = 1 if spec.scales is None else spec.scales.ratios[-1]
+    rows, columns = spec.grid
+    return NativeSize(
+        spec.patch_size, ratio * spec.patch_size, rows * columns if most is None else most
+    )
 
 
 def _numbered(number: int, error: InvalidInput) -> InvalidInput:

@@ -64,8 +64,9 @@ class Decisions:
         if self.gates is None and mode != "calibrated" and budget < 1.0:
             raise InvalidInput(f"mode {mode} is a rule of residual gates; this model has none")
         self._check_experts(policy)
-        if policy.exit is not None:
-            raise InvalidInput("exit is set, but this model has none to choose from")
+        for name in ("exit", "scales"):
+            if getattr(policy, name) is not None:
+                raise InvalidInput(f"{name} is set, but this model has none to choose from")
         if mode == "calibrated" and budget < 1.0 and self.calibration is None:
             raise InvalidInput(
                 f"budget {budget} needs calibrated thresholds; run `pyruntime calibrate` first"

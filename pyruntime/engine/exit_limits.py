@@ -20,9 +20,19 @@ _MOST_TABLES = 64  # kept ready; a budget is any number, so there is no natural 
 class ExitLimits:
     """Policies to limits, for one model. Safe to use from several threads."""
 
-    def __init__(self, exits: Sequence[ExitSpec], calibration: Calibration | None) -> None:
+    def __init__(
+        self,
+        exits: Sequence[ExitSpec],
+        calibration: Calibration | None,
+        has_scales: bool = False,
+    ) -> None:
+        """
+        Args:
+            has_scales: budgets mean something to this model even without exits.
+        """
         self.exits = tuple(exits)
         self.calibration = calibration
+        self._has_scales = has_scales
         self._tables: dict[ComputePolicy, Tensor] = {}
 
     def resolve(self, policy: ComputePolicy | None) -> Tensor:
@@ -89,8 +99,10 @@ class ExitLimits:
         if budget == 1.0:
             limits[:, 0] = NEVER
             return limits
-        if not self.exits:
-            raise InvalidInput(f"budget {budget} needs a model with exits; this one has none")
+        if not self.exits and not self._has_scales:
+            raise InvalidInput(
+                f"budget {budget} needs a model with exits or mixed scales; this one has neither"
+            )
         if self.calibration is None:
             raise InvalidInput(
                 f"budget {budget} needs calibrated thresholds; run `pyruntime calibrate` first"

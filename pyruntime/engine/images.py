@@ -6,18 +6,19 @@ import math
 import os
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import Tensor
 
 from pyruntime.engine.arrays import Array, as_tensor
-from pyruntime.errors import InvalidInput, Unavailable
+from pyruntime.engine.native_size import NativeSize
+from pyruntime.engine.pillow import pillow, resize, upright
+from pyruntime.errors import InvalidInput
 from pyruntime.format.spec import Preprocess
 
 if TYPE_CHECKING:
-    from PIL.Image import Image as Picture
-
+    from pyruntime.engine.pillow import Picture
 
 Image: TypeAlias = "str | os.PathLike[str] | Picture | Tensor | Array"
 
@@ -30,11 +31,15 @@ class Preprocessor:
 
     The rules are those of timm and torchvision: resize with Pillow's filters, centre crop, scale
     to [0, 1], subtract the mean, divide by the deviation. The side that is resized to is
-    floor(side / crop), as in timm.
+    floor(side / crop), as in timm. With a `NativeSize` images keep their aspect ratio and are not
+    cropped.
     """
 
-    def __init__(self, spec: Preprocess, image_size: tuple[int, ...]) -> None:
+    def __init__(
+        self, spec: Preprocess, image_size: tuple[int, ...], native: NativeSize | None = None
+    ) -> None:
         self.spec = spec
+        self.native = native
         self.height, self.width = image_size
         self.channels = len(spec.mean)
         self._mean = torch.tensor(spec.mean)[:, None, None]
@@ -46,8 +51,9 @@ class Preprocessor:
         Args:
             image: the path of a file; a Pillow image; pixels, uint8 [H, W, C] (or [H, W], grey) of
                 NumPy and CuPy, uint8 [C, H, W] of torch; or float32 [C, H, W] of any of them, which
-                is taken as it is: of the model's size and normalised. Pictures are turned as their
-                EXIF data says and converted to the model's channels; transparency is ignored.
+                is taken as it is: normalised, and of the model's size, or with a `NativeSize` of
+                any that has few enough patches. Pictures are turned as their EXIF data says and
+                converted to the model's channels; transparency is ignored.
 
         Raises:
             InvalidInput: what cannot be read or is none of these.
@@ -72,12 +78,26 @@ class Preprocessor:
         return self._normalised(self._resized(self._channels_last(image, array)))
 
     def _checked(self, array: Tensor) -> Tensor:
+        if self.native is not None:
+            return self._bounded(array, self.native)
         expected = [self.channels, self.height, self.width]
         if list(array.shape) != expected:
             raise InvalidInput(
                 f"image: float32 must be {expected} and normalised, got {list(array.shape)}; "
                 "pixels are uint8"
             )
+        return array.contiguous()
+
+    def _bounded(self, array: Tensor, native: NativeSize) -> Tensor:
+        shape = list(array.shape)
+        if len(shape) != 3 or shape[0] != self.channels or 0 in shape:
+            raise InvalidInput(
+                f"image: float32 must be [{self.channels}, H, W] and normalised, got {shape}; "
+                "pixels are uint8"
+            )
+        found = native.patches(*shape[1:])
+        if found > native.most:
+            raise InvalidInput(f"image: {shape} has {found} patches, at most {native.most} may be")
         return array.contiguous()
 
     def _channels_last(self, image: object, array: Tensor) -> Tensor:
@@ -96,7 +116,7 @@ class Preprocessor:
         return pixels.expand(-1, -1, self.channels).contiguous()
 
     def _read(self, path: str | os.PathLike[str]) -> Tensor:
-        pil = _pillow()
+        pil = pillow()
         name = os.fspath(path)
         try:
             with pil.open(name) as picture:
@@ -113,17 +133,15 @@ class Preprocessor:
     def _pixels(self, name: str, picture: Picture) -> Tensor:
         """uint8 [C, H, W] of the model's size."""
         try:
-            upright = self._upright(name, picture)
+            picture = self._upright(name, picture)
         except InvalidInput:
             raise
         except Exception as error:  # as in `_read`; pixels are decoded when they are first needed
             raise InvalidInput(f"{name}: cannot be decoded: {error}") from None
-        return self._resized(upright, name)
+        return self._resized(picture, name)
 
     def _upright(self, name: str, picture: Picture) -> Picture:
         """Of the model's channels."""
-        from PIL import ImageOps
-
         # A photograph with a second, smaller version of itself is no animation.
         if getattr(picture, "is_animated", False) and picture.format != "MPO":
             frames = getattr(picture, "n_frames", "several")
@@ -137,7 +155,7 @@ class Preprocessor:
             raise InvalidInput(
                 f"{name}: the model takes {self.channels} channels: give normalised float32"
             )
-        return ImageOps.exif_transpose(picture).convert(mode)
+        return upright(picture, mode)
 
     def _resized(self, pixels: Tensor | Picture, name: str = "image") -> Tensor:
         """uint8 [C, H, W] of a picture, or of pixels [h, w, C], resized and cropped."""
@@ -146,16 +164,19 @@ class Preprocessor:
         else:
             width, height = pixels.size
         rows, columns = self._size(height, width, name)
+        interpolation = self.spec.interpolation
         if isinstance(pixels, Tensor):
             if (rows, columns) != (height, width):
                 grey = self.channels == 1
                 array = (pixels[..., 0] if grey else pixels).numpy()
-                pixels = _resize(_pillow().fromarray(array), rows, columns, self.spec)
+                pixels = resize(pillow().fromarray(array), rows, columns, interpolation)
         else:
-            pixels = _resize(pixels, rows, columns, self.spec)
+            pixels = resize(pixels, rows, columns, interpolation)
         if not isinstance(pixels, Tensor):
             flat = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
             pixels = flat.view(rows, columns, self.channels)
+        if self.native is not None:
+            return pixels.permute(2, 0, 1)
         # Rounds half to even, like torchvision.
         top = round((rows - self.height) / 2)
         left = round((columns - self.width) / 2)
@@ -163,7 +184,10 @@ class Preprocessor:
         return cut.permute(2, 0, 1)
 
     def _size(self, height: int, width: int, name: str = "image") -> tuple[int, int]:
-        """Rows and columns to resize to: the smallest that cover the model's, over the crop."""
+        """Rows and columns to resize to: the smallest that cover the model's, over the crop; or
+        what a `NativeSize` says."""
+        if self.native is not None:
+            return self.native.sides(height, width)
         # 224 / (224 / 256) must be 256, whatever the last bit says.
         rows, columns = (
             math.floor(side / self.spec.crop + 1e-6) for side in (self.height, self.width)
@@ -204,20 +228,3 @@ def _is_picture(image: object) -> TypeGuard[Picture]:
     # Who has a Pillow image has imported Pillow.
     module = sys.modules.get("PIL.Image")
     return module is not None and isinstance(image, module.Image)
-
-
-def _resize(picture: Picture, rows: int, columns: int, spec: Preprocess) -> Picture:
-    pil = _pillow()
-    filters = {"bilinear": pil.Resampling.BILINEAR, "bicubic": pil.Resampling.BICUBIC}
-    return picture.resize((columns, rows), filters[spec.interpolation])
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ModuleNotFoundError:
-        raise Unavailable(
-            "image files and pixels to resize need the package Pillow: "
-            "pip install 'pyruntime[vision]'"
-        ) from None
-    return Image

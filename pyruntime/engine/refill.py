@@ -30,16 +30,17 @@ P = TypeVar("P", bound=Piece)
 class _Waiting(Generic[P]):
     piece: P
     images: int
+    work: float
     since: int
 
 
 class Queues(Generic[P]):
     """Pieces that wait in front of stages 1 to S - 1. Fresh images wait elsewhere, uncounted.
 
-    A queue is ready when it holds its target of images, or when its oldest piece has waited for
-    `max_age` waves. Nothing waits when there is nothing else to run. A piece is therefore taken
-    after at most `max_age` waves, and those of deeper stages, of which there are at most
-    `capacity` images: every image is done after a bounded number of waves.
+    A queue is ready when it holds its target of work or a whole wave of images, or when its oldest
+    piece has waited for `max_age` waves. Nothing waits when there is nothing else to run. A piece
+    is therefore taken after at most `max_age` waves, and those of deeper stages, of which there are
+    at most `capacity` images: every image is done after a bounded number of waves.
 
     Attributes:
         images: that wait, in all queues.
@@ -60,8 +61,8 @@ class Queues(Generic[P]):
             max_batch: images of a wave.
             capacity: images that may wait in all queues together.
             max_age: waves that a piece may wait for company.
-            target: of a stage, the images that are worth a wave of their own; asked only when
-                something else could run instead.
+            target: of a stage, the work that is worth a wave of its own, in images of full
+                length; asked only when something else could run instead.
 
         Raises:
             InvalidInput: less room than for one wave.
@@ -80,10 +81,15 @@ class Queues(Generic[P]):
         self.images = 0
         self.waves = 0
 
-    def push(self, stage: int, piece: P) -> None:
-        """A piece that waits in front of a stage from now on."""
+    def push(self, stage: int, piece: P, work: float | None = None) -> None:
+        """A piece that waits in front of a stage from now on.
+
+        Args:
+            work: in images of full length; None: all its images are.
+        """
         images = piece.live_count
-        self._queues[stage].append(_Waiting(piece, images, self.waves))
+        work = images if work is None else work
+        self._queues[stage].append(_Waiting(piece, images, work, self.waves))
         self._sizes[stage] += images
         self.images += images
 
@@ -126,4 +132,6 @@ class Queues(Generic[P]):
     def _is_ready(self, stage: int) -> bool:
         if self.waves - self._queues[stage][0].since >= self.max_age:
             return True
-        return self._sizes[stage] >= min(self._target(stage), self.max_batch)
+        if self._sizes[stage] >= self.max_batch:
+            return True
+        return sum(waiting.work for waiting in self._queues[stage]) >= self._target(stage)

@@ -1,7 +1,8 @@
 """How long the parts of a model take for n images, measured on the loaded model when first asked.
 
 Timing noise can never change a result: what is decided with these numbers is only whether images
-that have left are moved out of the way, and whether others wait for company.
+that have left are moved out of the way, and whether others wait for company. Images of fewer rows
+than the model's own count as less than one: by the share of its multiply-accumulates; see `work`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import statistics
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pyruntime.gates.exit import NEVER, ExitState
 from pyruntime.layers.packed import Packed
+from pyruntime.models.vision_cost import block_macs
 from pyruntime.models.vit import VisionTransformer
 
 _COUNTS = (1, 2, 4, 8, 16)
@@ -46,12 +49,21 @@ class StageTimes:
         self._part_seconds = part_seconds
         self._curves: dict[str, list[tuple[int, float]]] = {}
         self._targets: dict[tuple[int, int], int] = {}
+        self._works: dict[int, float] = {}
         self._one: Packed | None = None
 
     def measure(self) -> None:
         """Measure every part now, so that no request has to wait for it."""
         for part in self._parts():
             self._at(part, 1)
+
+    def work(self, lengths: Sequence[int]) -> float:
+        """How many images of the model's own size have as many multiply-accumulates in a block as
+        images of so many rows."""
+        for length in set(lengths).difference(self._works):
+            macs = block_macs(self.model.spec, length, length)
+            self._works[length] = macs / self.model.cost.block
+        return sum(self._works[length] for length in lengths)
 
     def stage(self, stage: int, count: float) -> float:
         """The blocks of one stage for `count` images."""
@@ -72,8 +84,8 @@ class StageTimes:
         """Moving the rows of `count` images together, out of twice as many."""
         return self._at("move", count)
 
-    def compaction_pays(self, stage: int, before: int, after: int) -> bool:
-        """Whether the stages from `stage` on gain more from fewer images than moving them takes."""
+    def compaction_pays(self, stage: int, before: float, after: float) -> bool:
+        """Whether the stages from `stage` on gain more from less work than moving it takes."""
         if not 0 < after < before:
             return False
         return self.rest(stage, before) - self.rest(stage, after) > self.move(after)
@@ -96,19 +108,26 @@ class StageTimes:
             self._targets[key] = next(goes_on, most)
         return self._targets[key]
 
-    def dense(self, count: int) -> float:
+    def dense(self, count: float) -> float:
         """The model without exits."""
         if count == 0:
             return 0.0
         return self._at("stem", count) + self.rest(0, count) + self._at("head", count)
 
-    def ideal(self, levels: Sequence[int] | Tensor) -> float:
+    def ideal(self, levels: Sequence[int] | Tensor, works: Sequence[float] | None = None) -> float:
         """One batch whose images leave at `levels`, compacted at every exit where some do.
 
         Every part takes its measured time, for the images that are still there.
+
+        Args:
+            works: of each image; see `work`. None: all are of full length.
         """
         reached = torch.as_tensor(levels)
-        alive = [int((reached >= level).sum()) for level in range(self._last + 1)]
+        if works is None:
+            each = torch.ones(len(reached), dtype=torch.float64)
+        else:
+            each = torch.tensor(works, dtype=torch.float64)
+        alive = [float(each[reached >= level].sum()) for level in range(self._last + 1)]
         if not alive[0]:
             return 0.0
         total = self._at("stem", alive[0]) + self._at("head", alive[-1])
@@ -127,7 +146,9 @@ class StageTimes:
             self._curves[part] = self._measure(self._parts()[part])
         curve = self._curves[part]
         right = min(max(bisect_left(curve, (count, 0.0)), 1), len(curve) - 1)
-        if len(curve) == 1 or count < curve[0][0]:
+        if count < curve[0][0]:
+            return curve[0][1] * count / curve[0][0]
+        if len(curve) == 1:
             return curve[0][1]
         (n0, t0), (n1, t1) = curve[right - 1], curve[right]
         return t0 + (count - n0) * (t1 - t0) / (n1 - n0)
@@ -156,7 +177,8 @@ class StageTimes:
         one = self._one
 
         def rows(count: int) -> Packed:
-            return Packed.of(one.x.repeat(count, 1), [one.x.shape[0]] * count)
+            whole = Packed.join([one] * count)
+            return replace(one, x=one.x.clone()) if count == 1 else whole
 
         def stem(count: int) -> Callable[[], object]:
             pictures = picture.repeat(count, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""A loaded vision transformer: logits of a batch of images, each as deep as its exits let it go."""
+"""A loaded vision transformer: logits of images, each as fine and as deep as it needs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from pyruntime.engine.arrays import Array, as_tensor
 from pyruntime.engine.exit_limits import ExitLimits
+from pyruntime.engine.patches import Patches
+from pyruntime.engine.scale_rules import ScaleRules
 from pyruntime.engine.stage_times import StageTimes
 from pyruntime.engine.wave import Wave, advance
 from pyruntime.errors import FormatError, InvalidInput
@@ -20,10 +22,15 @@ from pyruntime.format.load import Container, read
 from pyruntime.format.spec import VisionSpec
 from pyruntime.gates.calibration import Calibration
 from pyruntime.gates.policy import ComputePolicy
+from pyruntime.gates.scale import ScaleRule
+from pyruntime.gates.scale_layout import ScaleLayout
 from pyruntime.gates.vision_trace import VisionTrace
+from pyruntime.models.vision_stem import Images
 from pyruntime.models.vit import VisionTransformer
+from pyruntime.ops.pixels import Pixels
 
 Compaction = Literal["measured", "always", "never"]
+Policies = ComputePolicy | Sequence[ComputePolicy | None] | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,8 +55,10 @@ class VisionRuntime:
         spec: what it is.
         model: the network.
         limits: what policies mean for its exits.
+        rules: what policies mean for its patches.
         times: how long its parts take; measured at first need.
-        macs_dense: multiply-accumulates of an image without exits, all learners running.
+        macs_dense: multiply-accumulates of an image of the model's own size without exits, all
+            patches fine, all learners running.
     """
 
     def __init__(self, container: Container, backend_name: str | None = None) -> None:
@@ -57,14 +66,17 @@ class VisionRuntime:
         if not isinstance(spec, VisionSpec):
             raise FormatError(f"{container.path}: holds no vision transformer; open it with "
                               "pyruntime.load or pyruntime.load_encoder")  # fmt: skip
-        if record is not None and record.get("kind") != "exits":
+        kind = "exits" if spec.scales is None else "scales"
+        if record is not None and record.get("kind") != kind:
             raise FormatError(
-                f"{container.path}: calibration of kind {record.get('kind')!r}, expected 'exits'"
+                f"{container.path}: calibration of kind {record.get('kind')!r}, expected {kind!r}"
             )
+        calibration = None if record is None else Calibration(record)
         self.container = container
         self.spec = spec
         self.model = VisionTransformer(spec, container.tensors, backend_name)
-        self.limits = ExitLimits(spec.exits, None if record is None else Calibration(record))
+        self.limits = ExitLimits(spec.exits, calibration, spec.scales is not None)
+        self.rules = ScaleRules(spec, calibration)
         self.times = StageTimes(self.model)
         self.macs_dense = self.model.cost.dense()
 
@@ -82,11 +94,16 @@ class VisionRuntime:
         """Limits of one image, float32 [G, 2], not to be written to; see `ExitLimits.resolve`."""
         return self.limits.resolve(policy)
 
+    def rule(self, policy: ComputePolicy | None) -> ScaleRule | None:
+        """Who decides about the patches of one image; see `ScaleRules.resolve`."""
+        return self.rules.resolve(policy)
+
     def forward(
         self,
-        images: Tensor | Array,
-        policy: ComputePolicy | Sequence[ComputePolicy | None] | None = None,
+        images: Tensor | Array | Sequence[Tensor | Array],
+        policy: Policies = None,
         *,
+        stops: Tensor | Sequence[Tensor | Array] | None = None,
         replay: Tensor | VisionTrace | None = None,
         compaction: Compaction = "measured",
     ) -> VisionOutput:
@@ -95,41 +112,90 @@ class VisionRuntime:
         What an image gets does not depend on the others, nor on `compaction`.
 
         Args:
-            images: float32 [B, C, H, W], normalised; see `pyruntime.engine.images`. Any array with
-                DLPack.
+            images: float32 [B, C, H, W] of the model's size, or a list of float32 [C, H, W] of any
+                sizes, normalised; see `pyruntime.engine.images`. Any arrays with DLPack. Outside of
+                an image, up to whole coarsest patches, is the mean colour.
             policy: one for all, or one per image.
-            replay: an earlier trace, or its levels: every image leaves where it did there. One
-                whose logits are not finite runs to the end.
+            stops: instead of the policy's word about patches: for every image bool [C_i], which of
+                its coarser patches are not divided; or all of them in one matrix [B, C]. See
+                `VisionTrace.stops`.
+            replay: an earlier trace: every image has the patches it had there, and leaves where it
+                did; no gate of patches runs. Or its levels alone. An image whose logits are not
+                finite runs to the end.
             compaction: when the images that stay at an exit are moved together: where it was
                 measured to pay, always, or never, which computes every stage for all images until
                 the last one has left (masked evaluation; for tests and benchmarks).
 
         Raises:
-            InvalidInput: images of another shape or dtype, a policy the model cannot honour.
+            InvalidInput: images of another shape or dtype, a policy the model cannot honour, stops
+                that are not of these images.
         """
-        images = self._checked(images)
-        count = images.shape[0]
-        if policy is None or isinstance(policy, ComputePolicy):
-            limits = self.resolve(policy).expand(count, -1, -1)
-        elif len(policy) != count:
-            raise InvalidInput(f"got {len(policy)} policies for {count} images")
-        else:
-            limits = self.limits.rows(policy)
+        batch, sizes = self._checked(images)
+        rules, limits = self._resolved(policy, len(sizes))
         if replay is not None:
             levels = replay.levels if isinstance(replay, VisionTrace) else replay
             limits = self.limits.forced(limits, levels)
         if compaction not in ("measured", "always", "never"):
             raise InvalidInput(f"compaction must be measured, always or never, got {compaction!r}")
-        return self._run(images, limits, compaction)
+        if isinstance(replay, VisionTrace) and replay.stops is not None:
+            if stops is not None:
+                raise InvalidInput("stops and replay both say which patches there are: give one")
+            stops = replay.stops
+        told = None if stops is None else self._told(stops, sizes)
+        return self._run(Patches.of(self.model, batch, rules, told), limits, compaction)
 
-    def _run(self, images: Tensor, limits: Tensor, compaction: Compaction) -> VisionOutput:
-        count = images.shape[0]
+    def features(
+        self, images: Tensor | Array | Sequence[Tensor | Array], policy: Policies = None
+    ) -> list[Tensor]:
+        """A map of every image, float32 [rows, columns, D] of its finest patches; see
+        `VisionTransformer.features`. All blocks run, whatever the policy says about exits.
+
+        Raises:
+            InvalidInput: as `forward`; a model whose rows leave or merge on the way.
+        """
+        batch, sizes = self._checked(images)
+        rules, _ = self._resolved(policy, len(sizes))
+        return [found.clone() for found in self.model.features(batch, rules)] if sizes else []
+
+    def _resolved(
+        self, policy: Policies, count: int
+    ) -> tuple[ScaleRule | list[ScaleRule] | None, Tensor]:
+        """Rules of patches, None in a model of one scale, and limits of exits [n, G, 2]."""
+        if policy is None or isinstance(policy, ComputePolicy):
+            return self.rule(policy), self.resolve(policy).expand(count, -1, -1)
+        if len(policy) != count:
+            raise InvalidInput(f"got {len(policy)} policies for {count} images")
+        rules = [rule for one in policy if (rule := self.rule(one)) is not None]
+        return None if self.spec.scales is None else rules, self.limits.rows(policy)
+
+    def _told(
+        self, stops: Tensor | Sequence[Tensor | Array], sizes: tuple[tuple[int, int], ...]
+    ) -> Tensor:
+        """Stops of all images, bool [C], checked."""
+        scales = self.spec.scales
+        if scales is None:
+            raise InvalidInput("stops are given, but this model has one scale only")
+        if len(stops) != len(sizes):
+            raise InvalidInput(f"got stops of {len(stops)} images for {len(sizes)} images")
+        layout = ScaleLayout.of(sizes, self.spec.patch_size, scales.ratios)
+        each = [as_tensor(f"stops of image {number}", one) for number, one in enumerate(stops)]
+        for number, (given, grid) in enumerate(zip(each, layout.grids, strict=True)):
+            if given.dtype != torch.bool or list(given.shape) != [grid.coarse]:
+                raise InvalidInput(
+                    f"stops: image {number} has {grid.coarse} coarser patches: expected bool "
+                    f"[{grid.coarse}], got {given.dtype} {list(given.shape)}"
+                )
+        return torch.cat([*each, torch.empty(0, dtype=torch.bool)])
+
+    def _run(self, patches: Patches, limits: Tensor, compaction: Compaction) -> VisionOutput:
+        count = len(limits)
         logits = torch.empty(count, self.spec.num_classes)
         levels, stages = torch.empty(2, count, dtype=torch.int32)
         macs = torch.empty(count, dtype=torch.int64)
         stage_images: list[int] = []
         paths = {"all": 0, "packed": 0, "carried": 0, "none": 0}
-        wave = Wave.start(self.model, images, limits, torch.arange(count)) if count else None
+        ids = torch.arange(count)
+        wave = Wave.start(self.model, patches, limits, ids) if count else None
         while wave is not None:
             stage_images.append(wave.count)
             left, rest = advance(self.model, wave)
@@ -144,8 +210,16 @@ class VisionRuntime:
                 paths[_path(rest, kept)] += 1
                 rest = kept
             wave = rest
-        dense = torch.full((count,), self.macs_dense)
-        trace = VisionTrace(levels, stages, macs, dense, tuple(stage_images), paths)
+        trace = VisionTrace(
+            levels=levels,
+            stages=stages,
+            tokens=patches.tokens,
+            stops=patches.stops,
+            macs_per_image=macs,
+            macs_dense_per_image=patches.macs_dense(self.model),
+            stage_images=tuple(stage_images),
+            paths=paths,
+        )
         return VisionOutput(logits, levels, trace)
 
     def compacted(self, wave: Wave, compaction: Compaction = "measured") -> Wave:
@@ -153,19 +227,40 @@ class VisionRuntime:
         if wave.live is None or compaction == "never":
             return wave
         if compaction == "measured":
-            if not self.times.compaction_pays(wave.stage, wave.count, wave.live_count):
+            before = self.times.work(wave.packed.lengths)
+            if not self.times.compaction_pays(wave.stage, before, self.live_work(wave)):
                 return wave
         return wave.compacted(self.model.ops)
 
-    def _checked(self, images: Tensor | Array) -> Tensor:
-        images = as_tensor("images", images)
-        shape = (len(self.spec.preprocess.mean), *self.spec.image_size)
-        if images.dim() != 4 or images.shape[1:] != shape or images.dtype != torch.float32:
+    def live_work(self, wave: Wave) -> float:
+        """Of the images that have not left; see `StageTimes.work`."""
+        return self.times.work(wave.live_lengths)
+
+    def _checked(
+        self, images: Tensor | Array | Sequence[Tensor | Array]
+    ) -> tuple[Images, tuple[tuple[int, int], ...]]:
+        """Images as the model takes them, with their heights and widths."""
+        channels, (height, width) = len(self.spec.preprocess.mean), self.spec.image_size
+        if isinstance(images, list | tuple):
+            each = [as_tensor(f"image {number}", one) for number, one in enumerate(images)]
+            for number, image in enumerate(each):
+                if image.dtype != torch.float32 or image.dim() != 3 or len(image) != channels:
+                    raise InvalidInput(
+                        f"image {number}: expected float32 [{channels}, H, W], got {image.dtype} "
+                        f"{list(image.shape)}"
+                    )
+            if not each:
+                return torch.empty(0, channels, height, width), ()
+            pixels = Pixels.of_list(each)
+            return pixels, pixels.sizes
+        array = as_tensor("images", images)
+        shape = (channels, height, width)
+        if array.dim() != 4 or array.shape[1:] != shape or array.dtype != torch.float32:
             raise InvalidInput(
-                f"images: expected float32 [B, {', '.join(map(str, shape))}], got "
-                f"{images.dtype} {list(images.shape)}"
+                f"images: expected float32 [B, {', '.join(map(str, shape))}], or a list of "
+                f"[{channels}, H, W], got {array.dtype} {list(array.shape)}"
             )
-        return images.contiguous()
+        return array.contiguous(), ((height, width),) * len(array)
 
 
 def load_vision(

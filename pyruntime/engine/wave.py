@@ -9,9 +9,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from pyruntime.engine.patches import Patches
 from pyruntime.gates.exit import ExitState
 from pyruntime.layers.packed import Packed
-from pyruntime.models.vision_cost import VisionCost
 from pyruntime.models.vit import VisionTransformer
 
 
@@ -39,12 +39,12 @@ class Wave:
 
     @staticmethod
     @torch.inference_mode()
-    def start(model: VisionTransformer, images: Tensor, limits: Tensor, ids: Tensor) -> Wave:
-        """Images float32 [n, C, H, W], n at least 1, in front of the first stage."""
+    def start(model: VisionTransformer, patches: Patches, limits: Tensor, ids: Tensor) -> Wave:
+        """n images, at least 1, in front of the first stage."""
         spec = model.spec
         state = ExitState.start(len(ids), spec.num_classes, spec.exits)
-        macs = torch.full((len(ids),), model.cost.stem)
-        return Wave(0, model.embed(images), state, limits, ids, macs)
+        packed = model.embed(patches.images, patches.choice)
+        return Wave(0, packed, state, limits, ids, patches.macs(model))
 
     @property
     def count(self) -> int:
@@ -55,6 +55,14 @@ class Wave:
     def live_count(self) -> int:
         """Images that have not left."""
         return self.count if self.live is None else int(self.live.sum())
+
+    @property
+    def live_lengths(self) -> list[int]:
+        """Rows of each of them."""
+        if self.live is None:
+            return self.packed.lengths
+        pairs = zip(self.packed.lengths, self.live.tolist(), strict=True)
+        return [length for length, live in pairs if live]
 
     @torch.inference_mode()
     def compacted(self, ops: ModuleType) -> Wave:
@@ -74,11 +82,11 @@ class Wave:
     def trimmed(self, ops: ModuleType) -> Wave:
         """The same images in at most twice the memory they need: the wave may wait for long."""
         x = self.packed.x
-        needed = x.numel() * x.element_size() * self.live_count / self.count
+        needed = sum(self.live_lengths) * x.shape[1] * x.element_size()
         if x.untyped_storage().nbytes() <= 2 * needed:
             return self
         wave = self.compacted(ops)
-        return replace(wave, packed=Packed(wave.packed.x.clone(), wave.packed.cu_seqlens))
+        return replace(wave, packed=replace(wave.packed, x=wave.packed.x.clone()))
 
     @staticmethod
     @torch.inference_mode()
@@ -126,14 +134,13 @@ def advance(model: VisionTransformer, wave: Wave) -> tuple[Leavers | None, Wave 
         is left.
     """
     stage, live, cost = wave.stage, wave.live, model.cost
-    learned = model.run_stage(wave.packed, stage)
-    if learned is not None:
-        wave.macs.add_(learned)
+    packed, macs = model.run_stage(wave.packed, stage)
+    wave = replace(wave, packed=packed)
     if stage == len(model.stages) - 1:
-        wave.macs.add_(_stage_macs(cost, stage, wave.packed) + cost.head)
-        return _leavers(wave, stage, model.classify(wave.packed), live), None
-    wave.macs.add_(_stage_macs(cost, stage, wave.packed) + cost.exits[stage])
-    exit_ = model.exit(stage, wave.packed, wave.state, wave.limits[:, stage].contiguous())
+        wave.macs.add_(macs + cost.head)
+        return _leavers(wave, stage, model.classify(packed), live), None
+    wave.macs.add_(macs + cost.exits[stage])
+    exit_ = model.exit(stage, packed, wave.state, wave.limits[:, stage].contiguous())
     if exit_.plan.is_all and live is None:
         return None, replace(wave, stage=stage + 1)
     stays = exit_.plan.inverse[:, 0] >= 0
@@ -147,15 +154,17 @@ def advance(model: VisionTransformer, wave: Wave) -> tuple[Leavers | None, Wave 
     return left, replace(wave, stage=stage + 1, live=stays)
 
 
+@torch.inference_mode()
+def run_dense(model: VisionTransformer, patches: Patches) -> tuple[Tensor, Tensor]:
+    """Logits float32 [n, C] without any exit, and what that took of each image, int64 [n]."""
+    packed, spent = model.embed(patches.images, patches.choice), patches.macs(model)
+    for stage in range(len(model.stages)):
+        packed, macs = model.run_stage(packed, stage)
+        spent = spent + macs
+    return model.classify(packed), spent + model.cost.head
+
+
 def _leavers(wave: Wave, level: int, logits: Tensor, leave: Tensor | None) -> Leavers:
     if leave is None:
         return Leavers(level, wave.ids, logits, wave.macs.clone())
     return Leavers(level, wave.ids[leave], logits[leave], wave.macs[leave])
-
-
-def _stage_macs(cost: VisionCost, stage: int, packed: Packed) -> Tensor | int:
-    """Of the blocks of a stage, for each image; one number where all have the same length."""
-    known = {length: cost.stage(stage, length) for length in set(packed.lengths)}
-    if len(known) == 1:
-        return next(iter(known.values()))
-    return torch.tensor([known[length] for length in packed.lengths])

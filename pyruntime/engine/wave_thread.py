@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,11 +21,14 @@ import torch
 from torch import Tensor
 
 from pyruntime.engine.classification import Classification, best_labels
+from pyruntime.engine.patches import Patches, Seen
 from pyruntime.engine.refill import Queues
 from pyruntime.engine.vision import VisionRuntime
-from pyruntime.engine.wave import Leavers, Wave, advance
+from pyruntime.engine.wave import Leavers, Wave, advance, run_dense
 from pyruntime.errors import InvalidInput, Unavailable
 from pyruntime.gates.policy import ComputePolicy
+from pyruntime.gates.scale import ScaleRule
+from pyruntime.ops.pixels import Pixels
 
 log = logging.getLogger("pyruntime.engine")
 
@@ -41,7 +44,7 @@ class ClassifierConfig:
         mode: ``refill``: who stays at an exit may wait for others to run on with; ``compact``:
             a batch shrinks and is finished before the next one starts. For benchmarks:
             ``lock_step``: a batch keeps its size until its last image has left; ``dense``: no
-            exits at all, whatever the policy.
+            exits and no coarser patches at all, whatever the policy.
         max_batch: images that run together.
         max_wait_ms: how long a lone request may wait for a fuller first batch; only where nothing
             else can run.
@@ -72,7 +75,7 @@ class ClassifierStats:
         failed: images whose batch ended in an error.
         waves: batches that were formed; when refilling, each runs one stage.
         macs: multiply-accumulates executed, those of images that were carried on included.
-        macs_dense: those of the answered images without exits.
+        macs_dense: those of the answered images without exits, all patches fine.
     """
 
     images: int = 0
@@ -89,14 +92,18 @@ class Request:
     Attributes:
         image: float32 [C, H, W], normalised.
         limits: float32 [G, 2].
+        rule: of its patches; None in a model of one scale.
+        seen: what it is looked at as, from its first batch on.
     """
 
     image: Tensor
     limits: Tensor
+    rule: ScaleRule | None
     policy: ComputePolicy
     future: Future[Classification] = field(default_factory=Future)
     submitted: float = field(default_factory=time.perf_counter)
     started: float = 0.0
+    seen: Seen | None = None
 
 
 class WaveThread:
@@ -212,16 +219,20 @@ class WaveThread:
             request.started = now
             self._running[number] = request
         with self._failing(ids):
-            images = torch.stack([request.image for request in requests])
+            images = _batch([request.image for request in requests])
             numbers = torch.tensor(ids)
-            if self.config.mode == "dense":
-                logits = self.runtime.model.forward(images)
-                macs = torch.full((len(requests),), self.runtime.macs_dense)
+            model, dense = self.runtime.model, self.config.mode == "dense"
+            rules = [request.rule for request in requests if request.rule is not None]
+            patches = Patches.of(model, images, None if dense or not rules else rules)
+            for request, seen in zip(requests, patches.seen(model), strict=True):
+                request.seen = seen
+            if dense:
+                logits, macs = run_dense(model, patches)
                 self._count(int(macs.sum()))
                 self._answer(Leavers(self.runtime.exits, numbers, logits, macs))
                 return
             limits = torch.stack([request.limits for request in requests])
-            self._go(Wave.start(self.runtime.model, images, limits, numbers))
+            self._go(Wave.start(model, patches, limits, numbers))
 
     def _resume(self, waves: list[Wave]) -> None:
         with self._failing([number for wave in waves for number in wave.ids.tolist()]):
@@ -240,7 +251,8 @@ class WaveThread:
                 return
             rest = runtime.compacted(rest, "never" if mode == "lock_step" else "measured")
             if mode == "refill":
-                self._queues.push(rest.stage, rest.trimmed(runtime.model.ops))
+                rest = rest.trimmed(runtime.model.ops)
+                self._queues.push(rest.stage, rest, runtime.live_work(rest))
                 return
 
     def _answer(self, left: Leavers | None) -> None:
@@ -251,23 +263,29 @@ class WaveThread:
         # Tensors of the model are inference tensors, which autograd does not take; users may.
         rows = left.logits.clone()
         tops = best_labels(left.logits, runtime.spec.labels, self._top)
+        requests = [self._running[number] for number in numbers]
+        views = [request.seen for request in requests if request.seen is not None]
         stats = self.stats
         self.stats = replace(
             stats,
             images=stats.images + len(numbers),
-            macs_dense=stats.macs_dense + len(numbers) * runtime.macs_dense,
+            macs_dense=stats.macs_dense + sum(seen.macs_dense for seen in views),
         )
-        answers = zip(numbers, tops, rows, left.macs.tolist(), strict=True)
-        for number, top, logits, macs in answers:
-            request = self._running.pop(number)
+        answers = zip(requests, views, tops, rows, left.macs.tolist(), strict=True)
+        for number, (request, seen, top, logits, macs) in zip(numbers, answers, strict=True):
+            del self._running[number]
             request.future.set_result(
                 Classification(
                     top=top,
                     logits=logits,
                     level=left.level,
                     exits=runtime.exits,
+                    tokens=seen.tokens,
+                    tokens_dense=seen.tokens_dense,
+                    grid=seen.grid,
+                    stops=seen.stops,
                     macs=macs,
-                    macs_dense=runtime.macs_dense,
+                    macs_dense=seen.macs_dense,
                     policy=request.policy,
                     queue_seconds=request.started - request.submitted,
                     run_seconds=now - request.started,
@@ -298,3 +316,10 @@ class WaveThread:
         for request in [*self._running.values(), *requests]:
             request.future.set_exception(error)
         self._running.clear()
+
+
+def _batch(images: Sequence[Tensor]) -> Tensor | Pixels:
+    """Images float32 [C, H, W] as the model takes them."""
+    if len({image.shape for image in images}) == 1:
+        return torch.stack(list(images))
+    return Pixels.of_list(images)

@@ -22,20 +22,24 @@ class _Kind:
         always: threshold that cuts all that may be cut, at the smallest budget; None: the grid's
             last entry is the smallest budget as it stands.
         least: the smallest budget; None: the last one of the grid.
+        steps: a budget takes the next smaller entry of the grid as it stands; no interpolation.
     """
 
     never: float
     always: float | None
     least: float | None
+    steps: bool = False
 
 
 # A row of a gate is skipped iff its score is <= tau; a token runs its best experts until their
 # share of the k experts' scores is >= mass; an image leaves at an exit whose confidence reaches the
-# threshold.
+# threshold. Entries of "scales" hold what decides about patches, then the thresholds of exits: two
+# neighbours may save in different places, and nothing in between has been measured.
 _KINDS: Mapping[str, _Kind] = MappingProxyType({
     "gateskip": _Kind(never=-torch.inf, always=torch.inf, least=0.0),
     "experts": _Kind(never=torch.inf, always=0.0, least=None),
     "exits": _Kind(never=torch.inf, always=None, least=None),
+    "scales": _Kind(never=torch.inf, always=None, least=None, steps=True),
 })  # fmt: skip
 
 
@@ -43,10 +47,11 @@ class Calibration:
     """Thresholds of every place that may be cut over a grid of budgets (falling, 1.0 first).
 
     The places are layers and branches of residual gates (kind "gateskip"), expert layers (kind
-    "experts"), or exits (kind "exits"). The grid's entry at budget 1.0 is the threshold at which
-    cutting begins, so that budgets between it and the next entry interpolate; a budget of exactly
-    1.0 cuts nothing. The smallest there can be (`least`) cuts all, except of exits, where it is the
-    grid's last entry as it stands.
+    "experts"), exits (kind "exits"), or mixed scales and then exits (kind "scales"). The grid's
+    entry at budget 1.0 is the threshold at which cutting begins, so that budgets between it and the
+    next entry interpolate; a budget of exactly 1.0 cuts nothing. The smallest there can be
+    (`least`) cuts all, except of exits and scales, where it is the grid's last entry as it stands.
+    With scales a budget takes the costliest entry that it allows, as it stands.
     """
 
     def __init__(self, record: Mapping[str, Any]) -> None:
@@ -63,14 +68,14 @@ class Calibration:
 
     @property
     def default_budget(self) -> float | None:
-        """Budget of a request that names none; None: the checkpoint's own rule (exits alone)."""
+        """Budget of a request that names none; None: the checkpoint's own rule (exits, scales)."""
         budget = self.record.get("default_budget", 1.0)
         return None if budget is None else float(budget)
 
     @property
     def least(self) -> float:
         """The smallest budget: no branch of a gated model, one of a token's k experts (1 / k), the
-        grid's last one of exits."""
+        grid's last one of exits and scales."""
         return self.budgets[-1] if self._kind.least is None else self._kind.least
 
     def tau(self, budget: float) -> Tensor:
@@ -96,7 +101,16 @@ class Calibration:
         Raises:
             InvalidInput: the budget lies where the record holds nothing to interpolate.
         """
-        return self._at(budget)
+        found = self._at(budget)
+        return found[1:] if self.record["kind"] == "scales" else found
+
+    def scale(self, budget: float) -> float:
+        """Threshold of the model's scale source; inf: all is fine, whatever the source.
+
+        Raises:
+            InvalidInput: less than the smallest budget.
+        """
+        return float(self._at(budget)[0])
 
     def _at(self, budget: float) -> Tensor:
         never, last = self._kind.never, self.thresholds[-1]
@@ -107,6 +121,9 @@ class Calibration:
         if budget == self.least:
             always = self._kind.always
             return last.clone() if always is None else torch.where(last == never, last, always)
+        if self._kind.steps:
+            allowed = next(i for i, grid in enumerate(self.budgets) if grid <= budget)
+            return self.thresholds[allowed].clone()
         if not self.budgets[-1] <= budget <= self.budgets[0]:
             raise InvalidInput(
                 f"budget {budget}: thresholds are stored from {self.budgets[0]} to "

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any, get_args
 
 from pyruntime.errors import InvalidInput
+from pyruntime.format.spec.scales import Source
 
 CAUSAL_MODES = ("calibrated",)
 QUANTILE_MODES = ("batch_quantile", "seq_quantile", "exact_k")
 MODES = CAUSAL_MODES + QUANTILE_MODES
 KV_MODES = ("dense", "copy")
 BRANCHES = ("attn", "mlp")
+SCALE_SOURCES: tuple[Source, ...] = get_args(Source)
+THRESHOLD_SOURCES = ("learned", "variance", "entropy")
+_NEED_TOKENS = ("quadtree", "random")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,17 +150,108 @@ class ExitPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class ScalePolicy:
+    """Which regions of an image stay one coarse patch, in a model of mixed scales.
+
+    Attributes:
+        source: who decides: a ``learned`` gate, the ``variance`` or ``entropy`` of a patch's
+            pixels, ``quadtree`` or ``random`` up to `tokens`, ``all_fine`` or ``all_coarse``; None:
+            the model's own.
+        threshold: of a learned gate, on its logit (larger: more regions are fine); of variance and
+            entropy, below which a patch stays coarse (smaller: more are fine), one for all scales
+            or one for each of the model's ratios. None: the model's own.
+        tokens: patches that an image may have, prefix rows aside: those that ask most for it are
+            fine, as many as fit. Without a threshold, tokens alone decide.
+        seed: of ``random``.
+
+    Raises:
+        InvalidInput: nothing is set, fields that do not belong together, or a value outside its
+            range.
+    """
+
+    source: Source | None = None
+    threshold: float | tuple[float, ...] | None = None
+    tokens: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        source, tokens = self.source, self.tokens
+        if source is None and self.threshold is None and tokens is None:
+            raise InvalidInput("scales: expected at least one of source, threshold, tokens")
+        if source is not None and source not in SCALE_SOURCES:
+            raise InvalidInput(
+                f"scales: source must be one of {', '.join(SCALE_SOURCES)}, got {source!r}"
+            )
+        if self.threshold is not None:
+            self._check_threshold(self.threshold)
+        if tokens is not None and (type(tokens) is not int or tokens < 1):
+            raise InvalidInput(f"scales: tokens must be an integer of 1 or more, got {tokens!r}")
+        if tokens is not None and source in ("all_fine", "all_coarse"):
+            raise InvalidInput(f"scales: {source} leaves nothing for tokens to choose")
+        if tokens is None and source in _NEED_TOKENS:
+            raise InvalidInput(f"scales: {source} needs tokens, the patches an image may have")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise InvalidInput(f"scales: seed must be an integer in [0, 2^63), got {self.seed!r}")
+
+    def _check_threshold(self, threshold: Any) -> None:
+        many = isinstance(threshold, list | tuple)
+        values: tuple[Any, ...] = tuple(threshold) if many else (threshold,)
+        if not values or not all(_is_number(v) and math.isfinite(v) for v in values):
+            raise InvalidInput(
+                f"scales: threshold must be a finite number, or one for each scale, got "
+                f"{threshold!r}"
+            )
+        if self.source is not None and self.source not in THRESHOLD_SOURCES:
+            raise InvalidInput(
+                f"scales: threshold belongs to {', '.join(THRESHOLD_SOURCES)}, not {self.source!r}"
+            )
+        if many:
+            object.__setattr__(self, "threshold", values)
+
+    @staticmethod
+    def of(value: object) -> ScalePolicy:
+        """From its JSON form: a threshold, a source, "random:TOKENS:SEED", or an object of fields.
+
+        Raises:
+            InvalidInput: anything else, named.
+        """
+        if isinstance(value, ScalePolicy):
+            return value
+        if isinstance(value, int | float) and _is_number(value):
+            return ScalePolicy(threshold=float(value))
+        if isinstance(value, str):
+            return _named_scales(value)
+        names = [field.name for field in fields(ScalePolicy)]
+        if not isinstance(value, dict):
+            raise InvalidInput(
+                f"scales: expected a number, a source, 'random:TOKENS:SEED', or an object of "
+                f"{', '.join(names)}, got {value!r}"
+            )
+        for name in value:
+            if name not in names:
+                raise InvalidInput(f"scales: unknown field {name!r}; known: {', '.join(names)}")
+        return ScalePolicy(**value)
+
+    def __str__(self) -> str:
+        named = {"source": self.source, "threshold": self.threshold, "tokens": self.tokens}
+        parts = [f"{name}={value}" for name, value in named.items() if value is not None]
+        return ",".join([*parts, *([f"seed={self.seed}"] if self.seed else [])])
+
+
+@dataclass(frozen=True, slots=True)
 class ComputePolicy:
     """A compute budget and the rule that spends it; None means what the model folder stores.
 
     Attributes:
         budget: share to keep, in [0, 1]: of branch executions in a model with residual gates (the
             skip ratio is 1 - budget), of the experts per token in one that has experts alone, of
-            the work of the whole network in one that has early exits.
+            the work of the whole network in one that has early exits or mixed scales.
         mode: ``calibrated`` (fixed thresholds: causal, independent of batch mates), or a published
             non-causal rule of residual gates: ``batch_quantile``, ``seq_quantile`` or ``exact_k``.
         exit: when images may leave; see `exit_policy`. It takes the place of the exits that the
             checkpoint or a budget would choose.
+        scales: which regions of an image stay coarse; see `scale_policy`. It takes the place of
+            what the checkpoint or a budget would choose, and may be set together with `exit`.
         experts: limits on the experts of a token, or their number; see `expert_policy`. A policy
             that sets them and no budget leaves the rest of the model whole.
         kv_mode: ``dense`` computes keys and values of skipped tokens, ``copy`` takes those of the
@@ -170,6 +266,7 @@ class ComputePolicy:
     budget: float | None = None
     mode: str | None = None
     exit: ExitPolicy | str | float | None = None
+    scales: ScalePolicy | str | float | None = None
     experts: int | ExpertPolicy | None = None
     kv_mode: str | None = None
     branches: tuple[str, ...] = BRANCHES
@@ -189,6 +286,8 @@ class ComputePolicy:
             raise InvalidInput(f"branches must be among {BRANCHES}, got {self.branches}")
         if self.exit is not None:
             object.__setattr__(self, "exit", ExitPolicy.of(self.exit))
+        if self.scales is not None:
+            object.__setattr__(self, "scales", ScalePolicy.of(self.scales))
         if self.experts is not None:
             object.__setattr__(self, "experts", ExpertPolicy.of(self.experts))
 
@@ -202,11 +301,31 @@ class ComputePolicy:
         """`exit` as a record."""
         return None if self.exit is None else ExitPolicy.of(self.exit)
 
+    @property
+    def scale_policy(self) -> ScalePolicy | None:
+        """`scales` as a record."""
+        return None if self.scales is None else ScalePolicy.of(self.scales)
+
     def may_skip(self, layer: int, branch: int) -> bool:
         """Whether branch 0 (attention) or 1 (MLP) of a layer may skip at all."""
         if self.every_second_layer and layer % 2 == 0:
             return False
         return BRANCHES[branch] in self.branches
+
+
+def _named_scales(text: str) -> ScalePolicy:
+    """A source by its name, or "random:TOKENS" or "random:TOKENS:SEED"."""
+    source, *numbers = text.split(":")
+    if source == "random" and 1 <= len(numbers) <= 2 and all(n.isdecimal() for n in numbers):
+        return ScalePolicy(
+            "random", tokens=int(numbers[0]), seed=int(numbers[-1]) if numbers[1:] else 0
+        )
+    if source not in SCALE_SOURCES or numbers:
+        raise InvalidInput(
+            f"scales: expected one of {', '.join(SCALE_SOURCES)} or random:TOKENS:SEED, got "
+            f"{text!r}"
+        )
+    return ScalePolicy(source)
 
 
 def _is_number(value: object) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyruntime.gates.exit import NEVER
-from pyruntime.profile.exit_answers import Answers, leaves
+from pyruntime.profile.vision_answers import Answers, leaves
 
 POWERS = (*(step / 20 for step in range(1, 40)), 2.5, 3.0, 4.0, 6.0, 10.0, 20.0, 50.0)
 

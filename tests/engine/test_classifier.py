@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from pyruntime import Classification, Classifier, ComputePolicy, ExitPolicy
+from pyruntime.engine.patches import Patches
 from pyruntime.engine.wave import Wave, advance
 from pyruntime.engine.wave_thread import MODES, Mode
 from pyruntime.errors import InvalidInput, Unavailable
@@ -166,7 +167,8 @@ def test_waiting_images_hold_no_memory_of_those_that_left() -> None:
     for stay in (1, 31, 32, 33, 63):
         asked = [policy(EXITS if i < stay else 0) for i in range(64)]
         limits = torch.stack([runtime.resolve(one) for one in asked])
-        wave = Wave.start(model, images, limits, torch.arange(64))  # type: ignore[arg-type]
+        patches = Patches.of(model, images)  # type: ignore[arg-type]
+        wave = Wave.start(model, patches, limits, torch.arange(64))  # type: ignore[arg-type]
         _, rest = advance(model, wave)  # type: ignore[arg-type]
         assert rest is not None and rest.live_count == stay
         trimmed = rest.trimmed(model.ops)

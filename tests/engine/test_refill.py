@@ -91,6 +91,17 @@ def test_no_more_are_admitted_than_find_room() -> None:
     assert queues().admits(100) == 8
 
 
+def test_targets_are_of_work_and_waves_of_images() -> None:
+    q = queues(target=4)
+    q.push(1, Piece([3] * 5), 2.5)  # images of half the work
+    assert q.choose(fresh=4) == 0
+    q.push(1, Piece([3] * 2), 1.5)
+    assert q.choose(fresh=4) == 1
+    assert [piece.live_count for piece in q.take(1)] == [5, 2] and q.images == 0
+    q.push(1, Piece([3] * 8), 0.5)  # a whole wave, however little work
+    assert q.choose(fresh=4) == 1
+
+
 def test_targets_are_asked_only_where_there_is_a_choice() -> None:
     asked: list[int] = []
 

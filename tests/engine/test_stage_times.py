@@ -9,7 +9,9 @@ import torch
 
 from pyruntime.engine import stage_times
 from pyruntime.engine.stage_times import StageTimes, rebatching_threshold
+from pyruntime.gates.scale import ScaleChoice
 from pyruntime.layers.packed import Packed
+from pyruntime.models.vit import Ran
 from tests.engine import vision_fakes as fakes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,19 +26,20 @@ class TimedVision(fakes.FakeVision):
         self.now = 0.0
         self.fixed = 2.0
 
-    def run_stage(self, packed: Packed, stage: int, features: bool = False) -> None:
+    def run_stage(self, packed: Packed, stage: int, features: bool = False) -> Ran:
         blocks = len(self.stages[stage])
         whole = (self.fixed + 4.0 * packed.count) * blocks
         self.now += 1e-3 * whole / (2 if stage == len(self.stages) - 1 else 1)
         self.calls.append((stage, packed.count))
+        return Ran(packed, self.cost.stage_of(stage, packed.lengths))
 
     def exit(self, *args: Any) -> Any:
         self.now += 1e-3 * 0.5
         return super().exit(*args)
 
-    def embed(self, images: torch.Tensor) -> Packed:
+    def embed(self, images: torch.Tensor, choice: ScaleChoice | None = None) -> Packed:
         self.now += 1e-3 * len(images)
-        return super().embed(images)
+        return super().embed(images, choice)
 
     def classify(self, packed: Packed) -> torch.Tensor:
         self.now += 1e-3 * 0.25
@@ -160,3 +163,26 @@ def test_a_model_without_exits_is_timed_too(model: TimedVision) -> None:
     model.now = 0.0
     found = times(one)
     assert found.rest(0, 4) == found.stage(0, 4)
+
+
+def test_work_is_in_proportion_to_the_products_of_a_block(model: TimedVision) -> None:
+    found, spec = times(model), model.spec
+    full = spec.tokens
+    assert found.work([full] * 3) == 3.0 and found.work([]) == 0.0
+
+    def block(rows: int) -> float:
+        d, mlp = spec.hidden_size, spec.mlp_size
+        return rows * (4 * d * d + 2 * d * mlp) + 2 * rows * rows * d
+
+    assert found.work([2, full, 9]) == pytest.approx(1 + (block(2) + block(9)) / block(full))
+
+
+def test_less_than_one_image_takes_its_share(model: TimedVision) -> None:
+    found = times(model)
+    assert found.stage(0, 0.25) == pytest.approx(found.stage(0, 1) / 4)
+    assert found.stage(0, 2.5) == pytest.approx(1e-3 * 2 * (2 + 4 * 2.5))
+    levels = [1, 4, 1, 3]
+    assert found.ideal(levels, [1.0] * 4) == pytest.approx(found.ideal(levels))
+    short = found.ideal([4] * 4, [0.5] * 4)
+    assert short == pytest.approx(found.dense(2) + 4 * found.exit(2))
+    assert found.ideal(levels, [0.5, 1.0, 0.25, 1.0]) < found.ideal(levels)

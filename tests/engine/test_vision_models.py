@@ -17,7 +17,7 @@ from pyruntime import Classification, Classifier, ComputePolicy, ExitPolicy, Vis
 from pyruntime.engine.vision import Compaction
 from pyruntime.format.load import Container
 from pyruntime.format.manifest import Manifest
-from pyruntime.format.spec import VisionSpec, WidthSpec
+from pyruntime.format.spec import ReductionSpec, VisionSpec, WidthSpec
 from tests.models.vision_models import (
     CRITERIA,
     T2T,
@@ -36,6 +36,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "mean": {"pool": "mean", "exits": exits_of(pool="mean")},
     "adaptive width": {"width": WidthSpec(3, mlp_bottleneck=16, attention_bottleneck=8)},
+    "evit": {"reduction": ReductionSpec("evit", (1, 2), keep=(0.7, 0.7), fuse=True)},
+    "tome": {"reduction": ReductionSpec("tome", (0, 2), merge=(2, 1), proportional=True)},
+    "dynamicvit": {"reduction": ReductionSpec("dynamicvit", (1, 2), keep=(0.8, 0.5))},
 }
 COMPACTIONS = get_args(Compaction)
 EXITS = 3
@@ -153,3 +156,16 @@ def test_images_that_are_not_finite_run_to_the_end_and_disturb_nobody(bad: float
     with Classifier(runtime) as classifier:
         answers = classifier.classify(images)
     assert [answer.level for answer in answers] == found.levels.tolist()
+
+
+@pytest.mark.parametrize("name", ["evit", "adaptive width"])
+def test_without_exits_what_ran_is_counted(name: str) -> None:
+    runtime = runtime_of(spec_of(**MODELS[name]))
+    images = pictures(runtime.spec, 6)
+    with Classifier(runtime, mode="dense") as classifier:
+        answers = classifier.classify(images)
+    never = runtime.forward(images, ComputePolicy(exit="never"))
+    heads = sum(runtime.model.cost.exits)
+    assert [a.macs + heads for a in answers] == never.trace.macs_per_image.tolist()
+    assert all(answer.macs < answer.macs_dense for answer in answers)
+    assert torch.equal(torch.stack([answer.logits for answer in answers]), never.logits)

@@ -22,9 +22,13 @@ from pyruntime.format.load import Container
 from pyruntime.format.manifest import Manifest
 from pyruntime.format.spec import ExitSpec, Preprocess, VisionSpec
 from pyruntime.gates.exit import ExitState
+from pyruntime.gates.scale import ScaleChoice
+from pyruntime.gates.scale import choose as choose_cells
+from pyruntime.gates.scale_layout import ScaleLayout
 from pyruntime.layers.exit_head import Exit
 from pyruntime.layers.packed import Packed
 from pyruntime.models.vision_cost import VisionCost
+from pyruntime.models.vit import Ran
 from pyruntime.ops import reference
 
 BOOM = 1e6  # the first pixel of an image that makes its batch fail
@@ -67,11 +71,20 @@ class FakeVision:
         self.go = threading.Event()  # stages wait for it
         self.go.set()
 
-    def embed(self, images: Tensor) -> Packed:
+    def choose(self, images: Tensor, rules: Any = None, stops: Any = None) -> ScaleChoice:
+        assert rules is None and stops is None  # of one scale
+        sizes = ((images.shape[2], images.shape[3]),) * len(images)
+        layout = ScaleLayout.of(sizes, self.spec.patch_size, ())
+        return choose_cells(self.ops, layout, torch.zeros(0, dtype=torch.bool))
+
+    def embed_macs(self, choice: ScaleChoice, gated: Tensor | None = None) -> Tensor:
+        return torch.full((choice.layout.count,), self.cost.stem)
+
+    def embed(self, images: Tensor, choice: ScaleChoice | None = None) -> Packed:
         rows = images.reshape(len(images), -1)[:, : 4 * self.spec.tokens]
         return Packed.of(rows.reshape(-1, 4).clone(), [self.spec.tokens] * len(images))
 
-    def run_stage(self, packed: Packed, stage: int, features: bool = False) -> None:
+    def run_stage(self, packed: Packed, stage: int, features: bool = False) -> Ran:
         if packed.count == 0:
             raise RuntimeError("a stage was called without images")
         time.sleep(self.step_seconds)
@@ -84,6 +97,7 @@ class FakeVision:
             packed.x.mul_(-0.75)
             packed.x[packed.first_rows.long() + 1] += first  # rows of an image, and no others
             packed.x[packed.first_rows.long()] += packed.x[packed.first_rows.long() + 2]
+        return Ran(packed, self.cost.stage_of(stage, packed.lengths))
 
     def exit(self, stage: int, packed: Packed, state: ExitState, limits: Tensor) -> Exit:
         logits = self._logits(packed)

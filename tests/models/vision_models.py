@@ -121,9 +121,9 @@ def heads_of(model: VisionTransformer, images: Tensor) -> list[Tensor]:
     state = ExitState.start(len(images), model.spec.num_classes, model.spec.exits)
     never, found = torch.full((len(images), 2), NEVER), []
     for stage in range(len(model.stages) - 1):
-        model.run_stage(packed, stage)
+        packed = model.run_stage(packed, stage).packed
         found.append(model.exit(stage, packed, state, never).logits)
-    model.run_stage(packed, len(model.stages) - 1)
+    packed = model.run_stage(packed, len(model.stages) - 1).packed
     return [*found, model.classify(packed)]
 
 
@@ -157,7 +157,7 @@ def staged(model: VisionTransformer, images: Tensor, limits: Tensor, compact: bo
     gone = torch.zeros(count, dtype=torch.bool)
     for stage in range(last):
         found.counts.append(packed.count)
-        run(model, packed, stage, ids, found)
+        packed = run(model, packed, stage, ids, found)
         exit_ = model.exit(stage, packed, state, limits[ids, stage])
         found.confidences.append(exit_.confidence)
         stays = torch.zeros(len(ids), dtype=torch.bool)
@@ -170,11 +170,13 @@ def staged(model: VisionTransformer, images: Tensor, limits: Tensor, compact: bo
             packed, state = packed.select(model.ops, exit_.plan), state.select(exit_.plan)
             ids = ids[stays]
     found.counts.append(packed.count)
-    run(model, packed, last, ids, found)
+    packed = run(model, packed, last, ids, found)
     left = ~gone[ids]
     found.logits[ids[left]] = model.classify(packed)[left]
     return found
 
 
-def run(model: VisionTransformer, packed: Packed, stage: int, ids: Tensor, found: Ran) -> None:
-    found.macs[ids] += model.run_stage(packed, stage).macs
+def run(model: VisionTransformer, packed: Packed, stage: int, ids: Tensor, found: Ran) -> Packed:
+    ran = model.run_stage(packed, stage)
+    found.macs[ids] += ran.macs
+    return ran.packed

@@ -18,11 +18,11 @@ from pyruntime.engine.vision import VisionOutput, VisionRuntime, load_vision
 from pyruntime.errors import InvalidInput
 from pyruntime.format.load import write_calibration
 from pyruntime.gates.policy import ComputePolicy, ExitPolicy
-from pyruntime.profile.exit_answers import Answers, collect
-from pyruntime.profile.exit_calibrate import MIN_IMAGES, calibrate_exits
 from pyruntime.profile.exit_thresholds import POWERS, begin, budgeted, cut, entries
 from pyruntime.profile.image_data import ImageSet
 from pyruntime.profile.measure import Ticker
+from pyruntime.profile.vision_answers import Answers, collect
+from pyruntime.profile.vision_calibrate import MIN_IMAGES, calibrate_vision
 from tests.profile.exit_models import calibrated, folder, labelled, opened, pixels, with_rule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,7 +50,7 @@ def data(runtime: VisionRuntime) -> ImageSet:
 
 
 def answers_of(runtime: VisionRuntime, data: ImageSet) -> Answers:
-    return collect(runtime, data, 9, Ticker(7, None))
+    return collect(runtime, data, 9, Ticker(7, None))[0]
 
 
 def run(runtime: VisionRuntime, data: ImageSet, policy: ComputePolicy) -> VisionOutput:
@@ -173,7 +173,7 @@ def test_logits_that_are_not_finite_hold_an_image_back(tmp_path: Path) -> None:
     data = ImageSet("random", list(pixels(20)), torch.zeros(20, dtype=torch.int64))
     answers = answers_of(runtime, data)
     assert bool(answers.confidence[:, 1].isnan().all())
-    record = calibrate_exits(runtime, data).record
+    record = calibrate_vision(runtime, data).record
     assert all(table[1] is None for table in record["thresholds"])
     levels = run(calibrated(runtime, record), data, ComputePolicy(budget=record["budgets"][-1]))
     assert 1 not in levels.levels.tolist() and 0 in levels.levels.tolist()
@@ -184,7 +184,7 @@ def test_a_calibrated_model_keeps_what_the_record_says(
     rule: str, runtime: VisionRuntime, data: ImageSet
 ) -> None:
     own = with_rule(runtime, **RULES[rule])
-    found = calibrate_exits(own, data, batch=7)
+    found = calibrate_vision(own, data, batch=7)
     record = found.record
     budgets = record["budgets"]
     assert record["kind"] == "exits" and record["samples"] == 60
@@ -218,7 +218,7 @@ def test_the_record_is_written_and_read(tmp_path: Path) -> None:
     path = folder(tmp_path, exits=2)
     runtime = load_vision(path)
     data = labelled(runtime, 40, seed=5)
-    record = calibrate_exits(runtime, data, default_budget=0.8).record
+    record = calibrate_vision(runtime, data, default_budget=0.8).record
     write_calibration(path, record)
     again = load_vision(path)
     assert again.calibration is not None and again.calibration.record == record
@@ -230,7 +230,7 @@ def test_the_record_is_written_and_read(tmp_path: Path) -> None:
 def test_the_default_stays_within_the_drop(
     runtime: VisionRuntime, data: ImageSet, max_drop: float
 ) -> None:
-    found = calibrate_exits(runtime, data, max_drop=max_drop)
+    found = calibrate_vision(runtime, data, max_drop=max_drop)
     record = found.record
     chosen = record["default_budget"]
     floor = found.qualities[0].accuracy - max_drop
@@ -247,19 +247,19 @@ def test_the_default_stays_within_the_drop(
 def test_refusals(tmp_path: Path, runtime: VisionRuntime, data: ImageSet) -> None:
     few = ImageSet("few", data.images[: MIN_IMAGES - 1], data.labels[: MIN_IMAGES - 1])
     with pytest.raises(InvalidInput, match="at least 16 images, the data has 15"):
-        calibrate_exits(runtime, few)
+        calibrate_vision(runtime, few)
     with pytest.raises(InvalidInput, match="not both"):
-        calibrate_exits(runtime, data, default_budget=0.5, max_drop=0.1)
+        calibrate_vision(runtime, data, default_budget=0.5, max_drop=0.1)
     with pytest.raises(InvalidInput, match="drop must be 0 or more"):
-        calibrate_exits(runtime, data, max_drop=-0.1)
+        calibrate_vision(runtime, data, max_drop=-0.1)
     with pytest.raises(InvalidInput, match=r"default budget 0\.1: the smallest of this model is"):
-        calibrate_exits(runtime, data, default_budget=0.1)
+        calibrate_vision(runtime, data, default_budget=0.1)
     with pytest.raises(InvalidInput, match="budget must be"):
-        calibrate_exits(runtime, data, default_budget=1.5)
+        calibrate_vision(runtime, data, default_budget=1.5)
     with pytest.raises(InvalidInput, match="batch must be at least 1"):
-        calibrate_exits(runtime, data, batch=0)
-    with pytest.raises(InvalidInput, match="no exits: there is nothing to calibrate"):
-        calibrate_exits(opened(tmp_path, exits=0), data)
+        calibrate_vision(runtime, data, batch=0)
+    with pytest.raises(InvalidInput, match="no exits and no mixed scales: there is"):
+        calibrate_vision(opened(tmp_path, exits=0), data)
 
 
 def _at(table: Tensor, levels: Tensor) -> Tensor:
