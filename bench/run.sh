@@ -16,5 +16,6 @@ done
 "$python" -m bench.bench_moe_model --work "$work" || status=1
 "$python" -m bench.bench_vit --work "$work/vit" || status=1
 "$python" -m bench.bench_exits || status=1
+"$python" -m bench.bench_scales --work "$work/vit" || status=1
 "$python" -m bench.bench_stream || status=1
 exit $status

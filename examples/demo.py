@@ -21,9 +21,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = Path("examples/gateskip_lm")
 VISION = Path("examples/jei_dnn")
+MIXED = Path("examples/msvit")
 DEMO = Path("demo")
 MODEL = DEMO / "gateskip-lm"
 VISION_MODEL = DEMO / "digit-scenes"
+MIXED_MODEL = DEMO / "mixed-scales"
 PROMPT = "class Queue:\n    def __init__(self, maxsize=0):\n"
 TRAINING_FILES = 48
 
@@ -67,6 +69,12 @@ def main() -> int:
     scenes = sorted((VISION / "scenes").glob("*.png"))
     run("classify", VISION_MODEL, *scenes, "--top", 2)
     run("classify", VISION_MODEL, *scenes, "--top", 2, "--exit", "never")
+
+    step("Images: patches of two sizes, small ones where a gate wants to look closer")
+    run("convert", MIXED / "checkpoint/msvit.safetensors", MIXED_MODEL)
+    scenes = sorted((MIXED / "scenes").glob("*.png"))
+    run("classify", MIXED_MODEL, *scenes, "--top", 1, "--regions", DEMO / "regions")
+    run("classify", MIXED_MODEL, *scenes, "--top", 1, "--scales", "all_fine")
 
     print(f"\nDone in {time.monotonic() - started:.0f} s. The model is in {MODEL}, the profile in "
           f"{DEMO / 'profile.html'} and {DEMO / 'profile.json'}.")  # fmt: skip
