@@ -158,7 +158,7 @@ def test_images_that_are_not_finite_run_to_the_end_and_disturb_nobody(bad: float
     assert [answer.level for answer in answers] == found.levels.tolist()
 
 
-@pytest.mark.parametrize("name", ["evit", "adaptive width"])
+@pytest.mark.parametrize("name", ["dynamicvit", "adaptive width"])
 def test_without_exits_what_ran_is_counted(name: str) -> None:
     runtime = runtime_of(spec_of(**MODELS[name]))
     images = pictures(runtime.spec, 6)
