@@ -52,18 +52,18 @@ def _total(results: Sequence[Classification]) -> str:
     count = len(results)
     executed = sum(result.macs for result in results)
     dense = sum(result.macs_dense for result in results)
-    levels = sum(result.level for result in results) / count
     seen = ""
+    if results[0].exits:
+        levels = sum(result.level for result in results) / count
+        seen = f"mean level {levels:.2f} of {results[0].exits}, "
     if results[0].stops is not None:
         tokens, whole = (
             sum(each) / count
             for each in zip(*((r.tokens, r.tokens_dense) for r in results), strict=True)
         )
-        seen = f"mean {tokens:.1f} of {whole:.1f} tokens, "
-    return (
-        f"\n{count} images, mean level {levels:.2f} of {results[0].exits}, {seen}"
-        f"{words.macs(executed, dense)}, mean compute {executed / dense:.1%}"
-    )
+        seen += f"mean {tokens:.1f} of {whole:.1f} tokens, "
+    total = words.macs(executed, dense)
+    return f"\n{count} images, {seen}{total}, mean compute {executed / dense:.1%}"
 
 
 def _report(

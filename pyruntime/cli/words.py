@@ -28,12 +28,12 @@ def caption(result: Classification) -> str:
 
 def line(path: str, result: Classification) -> str:
     """What an image shows and what it took; the other classes below."""
-    seen = ""
+    seen = f"level {result.level} of {result.exits}, " if result.exits else ""
     if result.stops is not None:
-        seen = f"{result.tokens} of {result.tokens_dense} tokens, "
+        seen += f"{result.tokens} of {result.tokens_dense} tokens, "
     lines = [
-        f"{path}: {name(result.top[0])} {result.probability:.1%}, level {result.level} of "
-        f"{result.exits}, {seen}{macs(result.macs, result.macs_dense)} ({result.compute:.1%}), "
+        f"{path}: {name(result.top[0])} {result.probability:.1%}, "
+        f"{seen}{macs(result.macs, result.macs_dense)} ({result.compute:.1%}), "
         f"{result.run_seconds * 1e3:.1f} ms"
     ]
     lines += [f"  {label.probability:6.1%}  {name(label)}" for label in result.top[1:]]
