@@ -1,11 +1,11 @@
 """Everything CUDA on one machine with a GPU: build, test, measure. No network, no installation.
 
-    python bench/cuda_suite.py [--out bench/results] [--skip-tests] [--only plan,move,matmul]
+    python bench/cuda_suite.py [--out bench/results] [--skip-tests] [--only plan,vision]
 
 Builds pyruntime._cuda (plain C++ compiler) and the fat binaries (nvcc) into the package, runs the
-CUDA tests, then writes one JSON line a row to OUT/cuda-{limits,plan,move,matmul}.json. A row has
-the time of one call inside a CUDA graph (p50, p90) and from the host (call_us), the physical limit
-of its bytes and operations as measured on the same machine a minute earlier, and the fraction
+CUDA tests, then writes one JSON line a row to OUT/cuda-{limits,plan,move,matmul,vision}.json. A row
+has the time of one call inside a CUDA graph (p50, p90) and from the host (call_us), the physical
+limit of its bytes and operations as measured on the same machine a minute earlier, and the fraction
 reached; a fraction above 1.02 is a measurement error and fails the run.
 """
 
@@ -35,6 +35,7 @@ from bench.cuda_harness import (  # noqa: E402
     measure,
     measure_limits,
 )
+from bench.cuda_vision import bench_vision  # noqa: E402
 from pyruntime.ops import TopK, Weight, cuda  # noqa: E402
 from pyruntime.ops.cuda import matmul as cuda_matmul  # noqa: E402
 
@@ -75,7 +76,7 @@ def test() -> None:
     for package in ("pytest", "hypothesis"):
         if importlib.util.find_spec(package) is None:
             raise SystemExit(f"the tests need {package}; --skip-tests measures without them")
-    tests = ("tests/ops/test_cuda.py", "tests/ops/test_cuda_compile.py")
+    tests = sorted((ROOT / "tests" / "ops").glob("test_cuda*.py"))
     run(sys.executable, "-m", "pytest", "-q", "-rs", *tests)
 
 
@@ -232,7 +233,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--skip-build", action="store_true")
     parser.add_argument("--skip-tests", action="store_true")
-    parser.add_argument("--only", default="plan,move,matmul")
+    parser.add_argument("--only", default="plan,move,matmul,vision")
     options = parser.parse_args()
     if not options.skip_build:
         build()
@@ -246,7 +247,9 @@ def main() -> None:
     text = json.dumps({"op": "limits", **vars(limits), **machine()})
     (options.out / "cuda-limits.json").write_text(text + "\n")
     print(text, flush=True)
-    benches = {"plan": bench_plan, "move": bench_move, "matmul": bench_matmul}
+    benches = {
+        "plan": bench_plan, "move": bench_move, "matmul": bench_matmul, "vision": bench_vision,
+    }  # fmt: skip
     impossible: list[str] = []
     for name in options.only.split(","):
         path = options.out / f"cuda-{name}.json"

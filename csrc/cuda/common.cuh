@@ -19,6 +19,7 @@ struct bf16 {
 __device__ inline int lane_id() { return threadIdx.x % kWarp; }
 __device__ inline int warp_id() { return threadIdx.x / kWarp; }
 __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__device__ inline float never() { return __uint_as_float(0xff800000u); }  // -infinity
 
 // ---- bf16 <-> float32 ----
 
@@ -76,7 +77,18 @@ __device__ inline void store<8, float>(float* to, const float (&from)[8]) {
   reinterpret_cast<float4*>(to)[1] = make_float4(from[4], from[5], from[6], from[7]);
 }
 
-// ---- scans ----
+__device__ inline float gelu(float value) {
+  return 0.5f * value * (1.0f + erff(value * 0.70710678118654752f));
+}
+
+// ---- sums and scans ----
+
+__device__ inline float warp_sum(float value) {  // halves fold, as everywhere
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2)
+    value = __fadd_rn(value, __shfl_xor_sync(kAllLanes, value, step));
+  return value;
+}
 
 __device__ inline int warp_inclusive_scan(int value) {
 #pragma unroll

@@ -41,13 +41,6 @@ struct ExitIn {
   int count, classes, out_features, width;
 };
 
-__device__ inline float warp_sum(float value) {  // halves fold, as everywhere
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2)
-    value = __fadd_rn(value, __shfl_xor_sync(kAllLanes, value, step));
-  return value;
-}
-
 // ---- logits ----
 
 // Row n as float32 in y [D], normalised where the head has a norm; one warp.

@@ -51,6 +51,14 @@ __device__ inline void load_matrices(u32 (&to)[4], u32 from) {
                : "memory");
 }
 
+// The same four, transposed: lane l receives rows 2 (l % 4) and the next of column l / 4 of each.
+__device__ inline void load_matrices_transposed(u32 (&to)[4], u32 from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from)
+               : "memory");
+}
+
 // c[16,8] += a[16,16] b[16,8]. Lane l holds, with g = l / 4 and q = 2 * (l % 4):
 //   a0, a1  rows g, g+8 of columns q, q+1      a2, a3  the same rows of columns q+8, q+9
 //   b0, b1  rows q, q+1 and q+8, q+9 of column g

@@ -75,10 +75,6 @@ __device__ inline float silu(float value, float slope) {
   return value / (1.0f + expf(-slope * value));
 }
 
-__device__ inline float gelu(float value) {
-  return 0.5f * value * (1.0f + erff(value * 0.70710678118654752f));
-}
-
 // The result of one output element: `value` is the sum of its column, `up` that of its up column.
 __device__ inline float finish(const Matmul& m, int segment, int column, float value, float up) {
   if (m.bias) {

@@ -25,8 +25,6 @@ struct TopKIn {
 constexpr int kSlotItems = 2;
 constexpr u32 kNever = 0;  // the key of what is not chosen: -inf
 
-__device__ inline float never() { return __uint_as_float(0xff800000u); }
-
 // Ascending with the value, the two zeros equal; -inf and NaN are kNever.
 __device__ inline u32 key_of(float value) {
   if (!(value > never())) return kNever;

@@ -252,6 +252,17 @@ inline void load_matrices(u32 (&to)[4], u32 from) {
     std::memcpy(&to[i], shared_base + rows[8 * i + lane / 4] + lane % 4 * 4, 4);
 }
 
+inline void load_matrices_transposed(u32 (&to)[4], u32 from) {
+  const int lane = emu::current->id % 32;
+  const uint64_t* rows = emu::exchange(from);
+  for (int i = 0; i < 4; ++i) {
+    unsigned short pair[2];
+    for (int e = 0; e < 2; ++e)
+      std::memcpy(&pair[e], shared_base + rows[8 * i + lane % 4 * 2 + e] + lane / 4 * 2, 2);
+    to[i] = pair[0] | u32(pair[1]) << 16;
+  }
+}
+
 // Element `k` (0..15) of fragment words for k < 8 and k >= 8.
 inline float fragment(uint64_t words, int k) {
   const u32 word = k < 8 ? u32(words) : u32(words >> 32);

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pyruntime.ops.cuda import check, exit, matmul, move, plan
+from pyruntime.ops.cuda import check, embed, exit, matmul, move, norm, plan, varlen
 from pyruntime.ops.cuda.kernels import KERNELS
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
@@ -64,6 +64,6 @@ class EmulatedKernels:
 
 def install(monkeypatch: pytest.MonkeyPatch, kernels: EmulatedKernels) -> None:
     """Send every launch of the CUDA ops to ``kernels`` and accept CPU tensors."""
-    for module in (exit, matmul, move, plan):
+    for module in (embed, exit, matmul, move, norm, plan, varlen):
         monkeypatch.setattr(module, "kernels_of", lambda device: kernels)
     monkeypatch.setattr(check, "on_device", lambda tensor: True)

@@ -50,6 +50,13 @@ def test_every_source_is_known() -> None:
     assert NAMES == sorted(path.stem for path in SOURCES.glob("*.cu"))
 
 
+def no_spill(log: str, compiled: int) -> None:
+    """What ptxas says of so many kernels."""
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", log)
+    assert len(frames) == compiled, log
+    assert {tuple(map(int, frame)) for frame in frames} == {(0, 0, 0)}, log
+
+
 @with_nvcc
 @pytest.mark.parametrize("source", NAMES)
 def test_nvcc(source: str, tmp_path: Path) -> None:
@@ -66,19 +73,27 @@ def test_nvcc(source: str, tmp_path: Path) -> None:
     for arch in ("sm_80", "sm_90a"):
         entries = set(re.findall(rf"Compiling entry function '(\w+)' for '{arch}'", done.stderr))
         assert entries == kernels_in(source)
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", done.stderr)
-    assert len(frames) == 2 * len(kernels_in(source))
-    assert {tuple(map(int, frame)) for frame in frames} == {(0, 0, 0)}, done.stderr
+    no_spill(done.stderr, 2 * len(kernels_in(source)))
     assert "warning" not in done.stderr
 
 
 @with_nvrtc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("source", NAMES)
-def test_nvrtc(source: str, arch: str) -> None:
-    """The path of a machine without a toolkit; the PTX also says what parameters a kernel has."""
+def test_nvrtc(source: str, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of a machine without a toolkit: no spill, and the parameters that Python packs."""
+    nvrtc, logs = kernels._nvrtc(), []
+    destroy = nvrtc.destroyProgram
+
+    def read_log(program: int) -> None:
+        logs.append(nvrtc.getProgramLog(program))
+        destroy(program)
+
+    monkeypatch.setattr(nvrtc, "destroyProgram", read_log)
+    monkeypatch.setattr(kernels, "OPTIONS", (*kernels.OPTIONS, "--ptxas-options=-v"))
     cubin, ptx = compile_source(SOURCES, source, arch)
     assert cubin[:4] == b"\x7fELF"
+    no_spill(logs[0], len(kernels_in(source)))
     text = ptx.decode() if isinstance(ptx, bytes) else ptx
     entries = dict(re.findall(r"\.entry (\w+)\((.*?)\)", text, flags=re.DOTALL))
     assert set(entries) == kernels_in(source)

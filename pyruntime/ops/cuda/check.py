@@ -44,6 +44,22 @@ def check(
         raise refuse(op, name, f"a contiguous CUDA {kinds} tensor [{wanted}]", tensor)
 
 
+def check_rows(
+    op: str, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], width: int
+) -> None:
+    """Refuse all but a CUDA matrix of rows that each lie together, at any distance."""
+    if (
+        not on_device(tensor)
+        or tensor.dtype not in dtypes
+        or tensor.dim() != 2
+        or (width not in (-1, tensor.shape[1]))
+        or (tensor.stride(1) != 1 and tensor.shape[1] > 1)
+    ):
+        kinds = " or ".join(str(dtype) for dtype in dtypes)
+        columns = "?" if width < 0 else str(width)
+        raise refuse(op, name, f"a CUDA {kinds} matrix [?, {columns}] of contiguous rows", tensor)
+
+
 def check_device(op: str, x: Tensor, **others: Tensor | None) -> None:
     """Refuse tensors on another device than x: a kernel sees addresses only."""
     for name, tensor in others.items():

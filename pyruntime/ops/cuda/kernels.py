@@ -58,6 +58,23 @@ KERNELS: Final = MappingProxyType(
         "plan_labels_scatter": ("plan", _LABELS + _PLAN_OUT + "Pi"),
         "plan_scan": ("plan", "PPii"),
         **{f"plan_exit_{form}": ("exit", _EXIT) for form in ("rows", "head", "gate")},
+        **{
+            f"attention_varlen_{form}": ("attention_varlen", "7P3q4if4x")
+            for form in (
+                *(f"mma_{columns}" for columns in (32, 64, 96, 128)),
+                *(f"plain_{dtype}_{columns}" for dtype in ("f32", "bf16") for columns in (64, 128)),
+            )
+        },
+        **{
+            f"{op}_{dtype}_v{width}": (source, layout)
+            for op, source, layout in (
+                ("layer_norm", "norm", "5Pqiiif"),
+                ("gather_patches", "embed_patches", "5P4i"),
+                ("embed_rows", "embed_patches", "7Pq3i4x"),
+            )
+            for dtype in ("bf16", "f32")
+            for width in (8, 1)
+        },
         **{f"plan_topk_choose_{items}": ("plan", _TOPK + "PP") for items in (2, 8, 32)},
         **{f"plan_topk_small_{items}": ("plan", _TOPK + "PP" + _PLAN_OUT) for items in (2, 8)},
     }
