@@ -50,7 +50,8 @@ def attention_case(
     ends = torch.tensor([0, *sizes]).cumsum(0).int().to(DEVICE)
 
     def split_heads(x: Tensor) -> Tensor:
-        return x.unflatten(1, (heads, dim))  # [rows, heads, D]
+        out: Tensor = x.unflatten(1, (heads, dim))  # [rows, heads, D]
+        return out
 
     def each(i: int) -> Tensor:
         done = []
@@ -66,11 +67,15 @@ def attention_case(
 
     def padded(i: int) -> Tensor:
         q, k, v = (split_heads(x)[grid].transpose(1, 2) for x in parts[i])
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        out: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return out.transpose(1, 2).flatten(0, 1)[packed]
 
+    def packed_rows(i: int) -> Tensor:
+        q, k, v = parts[i]
+        return cuda.attention_varlen(q, k, v, ends, ends, heads, dim**-0.5)
+
     candidates: dict[str, Call] = {
-        "cuda": lambda i: cuda.attention_varlen(*parts[i], ends, ends, heads, dim**-0.5),
+        "cuda": packed_rows,
         "sdpa each": each,
         "sdpa padded": padded,
     }

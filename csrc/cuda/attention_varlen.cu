@@ -55,12 +55,11 @@ __device__ inline Asked find_rows(const Varlen& a, int slot) {
   return {first, min(end, first + a.block_rows), key, a.cu_k[sequence + 1] - key};
 }
 
+// fmaxf passes over a NaN; it reaches the sums as a weight.
 __device__ inline float quad_max(float value) {
 #pragma unroll
-  for (int step = 1; step < 4; step *= 2) {
-    const float other = __shfl_xor_sync(kAllLanes, value, step);
-    value = other > value ? other : value;
-  }
+  for (int step = 1; step < 4; step *= 2)
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, step));
   return value;
 }
 
@@ -83,36 +82,32 @@ __device__ inline u32 head_offset(int row, int chunk) {
   return row * (2 * kDim) + (chunk ^ (kDim % 64 == 0 ? row % 8 : row / 2 % 4)) * 16;
 }
 
-// Scores of 16 rows and the keys of a slot to weights 2^(score - largest), given what the largest
-// score was; returns what the sums so far are to be multiplied by, for rows g and g + 8.
-struct Shrink {
-  float low, high;
-};
-__device__ inline Shrink weigh(float (&s)[8][4], float (&largest)[2], float (&total)[2]) {
-  float factor[2];
+// Turns the scores of 16 rows and the keys of a slot into weights 2^(score - largest). `factor` is
+// what the sums so far are to be multiplied by. Index 0 is of row g, 1 of row g + 8.
+__device__ inline void weigh(float (&s)[8][4], float (&largest)[2], float (&total)[2],
+                             float (&factor)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float top = largest[half];
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
 #pragma unroll
-      for (int e = 2 * half; e < 2 * half + 2; ++e) top = s[n][e] > top ? s[n][e] : top;
+      for (int e = 2 * half; e < 2 * half + 2; ++e) top = fmaxf(top, s[n][e]);
     }
     top = quad_max(top);
     const float base = top == never() ? 0.0f : top;  // every key so far is hidden
-    factor[half] = exp2f(largest[half] - base);
+    factor[half] = fast_exp2(largest[half] - base);
     largest[half] = top;
     total[half] *= factor[half];
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
 #pragma unroll
       for (int e = 2 * half; e < 2 * half + 2; ++e) {
-        s[n][e] = exp2f(s[n][e] - base);
+        s[n][e] = fast_exp2(s[n][e] - base);
         total[half] += s[n][e];
       }
     }
   }
-  return {factor[0], factor[1]};
 }
 
 // 128 threads, kSlots * 256 * kDim bytes of shared memory.
@@ -154,6 +149,7 @@ __device__ void attend(const Varlen& a) {
   for (int load = 0; load < kSlots - 1; ++load) fetch(load);
 
   const int lane = lane_id(), g = lane / 4, pair = lane % 4 * 2;
+  const float scale = a.scale * kLog2E;
   for (int round = 0, load = 0; round < rounds; ++round) {
     const int row = asked.first + round * kRoundRows + warp_id() * 16;
     const bool working = row < asked.last;
@@ -195,22 +191,30 @@ __device__ void attend(const Varlen& a) {
           mma(s[2 * j + 1], query[d][0], query[d][1], query[d][2], query[d][3], b[2], b[3]);
         }
       }
-      const float* bias = a.key_bias ? a.key_bias + asked.key + block * kSlotKeys + pair : nullptr;
+      // Not fused with the difference from the largest: that of the largest must be 0.
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int key = 8 * n + e % 2;  // and `pair`
-          const bool seen = key + pair < left;
-          const float more = bias && seen ? bias[key] * kLog2E : 0.0f;
-          s[n][e] = seen ? s[n][e] * (a.scale * kLog2E) + more : never();
+        for (int e = 0; e < 4; ++e) s[n][e] = __fmul_rn(s[n][e], scale);
+      }
+      if (a.key_bias || left < kSlotKeys) {
+        const float* bias = a.key_bias ? a.key_bias + asked.key + block * kSlotKeys : nullptr;
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int key = 8 * n + pair + e % 2;
+            const float more = bias && key < left ? bias[key] * kLog2E : 0.0f;
+            s[n][e] = key < left ? s[n][e] + more : never();
+          }
         }
       }
-      const Shrink by = weigh(s, largest, total);
+      float factor[2];
+      weigh(s, largest, total, factor);
 #pragma unroll
       for (int d = 0; d < kDim / 8; ++d) {
-        sum[d][0] *= by.low, sum[d][1] *= by.low;
-        sum[d][2] *= by.high, sum[d][3] *= by.high;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[d][e] *= factor[e / 2];
       }
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -235,7 +239,7 @@ __device__ void attend(const Varlen& a) {
     for (int half = 0; half < 2; ++half) {
       const int to = row + g + 8 * half;
       // 1 / 0 where every key was hidden: NaN, as of a softmax of nothing but -infinity.
-      const float scale = asked.keys > 0 ? 1.0f / quad_sum(total[half]) : 0.0f;
+      const float share = asked.keys > 0 ? 1.0f / quad_sum(total[half]) : 0.0f;
       if (to >= asked.last) continue;
       bf16* out = static_cast<bf16*>(a.out) + to * (i64(a.heads) * a.head_dim) + head;
 #pragma unroll
@@ -243,7 +247,7 @@ __device__ void attend(const Varlen& a) {
         const int column = 8 * d + pair;
         if (column >= a.head_dim) continue;
         *reinterpret_cast<u32*>(out + column) =
-            pack_bf16(sum[d][2 * half] * scale, sum[d][2 * half + 1] * scale);
+            pack_bf16(sum[d][2 * half] * share, sum[d][2 * half + 1] * share);
       }
     }
   }

@@ -14,6 +14,13 @@ __device__ inline u32 pack_bf16(float low, float high) {
   return word;
 }
 
+// 2^value to 2^-22, 0 where that is no normal number; exact for 0 and both infinities.
+__device__ inline float fast_exp2(float value) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value));
+  return power;
+}
+
 // 16 bytes that are read once: they must not push others out of L1.
 __device__ inline uint4 load_once(const void* from) {
   uint4 v;

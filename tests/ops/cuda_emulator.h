@@ -230,6 +230,8 @@ inline u32 pack_bf16(float low, float high) {
   return round(low) | round(high) << 16;
 }
 
+inline float fast_exp2(float value) { return std::exp2(value); }
+
 inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
 
 inline const char* shared_base = nullptr;
