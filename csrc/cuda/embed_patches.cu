@@ -44,14 +44,14 @@ __device__ inline Square square_of(const Squares& a, int r) {
 
 __device__ inline float pixel_of(const Square& s, int channel, int y, int x) {
   const i64 left = s.left + i64(x) * s.ratio;
-  float total = 0.0f;
+  float total = -0.0f;  // the sum of nothing that changes not even the sign of a zero
   for (int dy = s.first; dy < s.last; ++dy) {
     const i64 line = s.top + i64(y) * s.ratio + dy;
-    if (line < 0 || line >= s.height) continue;
+    const bool inside = line >= 0 && line < s.height;
     const float* row = s.image + (channel * s.height + line) * s.width;
     for (int dx = s.first; dx < s.last; ++dx) {
       const i64 column = left + dx;
-      if (column >= 0 && column < s.width) total = __fadd_rn(total, row[column]);
+      total = __fadd_rn(total, inside && column >= 0 && column < s.width ? row[column] : 0.0f);
     }
   }
   return __fmul_rn(total, s.share);
@@ -74,8 +74,6 @@ __device__ void gather_squares(const Squares& a) {
     if (V == 8 && s.ratio == 1 && x + V <= a.size && line >= 0 && line < s.height && at >= 0 &&
         at + V <= s.width && reinterpret_cast<unsigned long long>(run) % 16 == 0) {
       load<V>(run, value);
-#pragma unroll
-      for (int i = 0; i < V; ++i) value[i] = __fadd_rn(0.0f, value[i]);  // as a sum: -0 becomes 0
     } else {
 #pragma unroll
       for (int i = 0; i < V; ++i) {

@@ -48,10 +48,15 @@ def squares(
 ) -> Squares:
     generator = torch.Generator().manual_seed(seed)
 
+    def image(i: int) -> Tensor:
+        """Some of its pixels are the two zeros."""
+        pixels = normal(seed + i, channels, *some(1, 40, 2).tolist())
+        return torch.where(pixels.abs() < 0.3, 0.0 * pixels, pixels)
+
     def some(low: int, high: int, n: int) -> Tensor:
         return torch.randint(low, high, (n,), generator=generator)
 
-    images = [normal(seed + i, channels, *some(1, 40, 2).tolist()) for i in range(1 + seed % 3)]
+    images = [image(i) for i in range(1 + seed % 3)]
     ratio = torch.tensor(ratios)[some(0, len(ratios), count)]
     place = [some(0, len(images), count), some(-20, 45, count), some(-20, 45, count), ratio]
     return Squares(Pixels.of_list(images), torch.stack(place, 1).int(), size, resize)
@@ -95,7 +100,7 @@ def test_whole_patches_of_a_grid(device: str) -> None:
             x = Squares(pixels, places, 16, "area")
             out = x.gather(cuda, device, dtype)
             same_bits(out, x.gather(reference, "cpu", dtype))
-            assert torch.equal(out, expected.to(dtype))
+            same_bits(out, expected.to(dtype))
 
 
 @dataclass(frozen=True)
@@ -191,8 +196,11 @@ def test_wrong_arguments_of_patches_are_named(device: str) -> None:
     x = squares(0, 4, 2, 3, [1], "area")
     e = embedding(0, x, 8, F32, F32, full=True)
     panels = replace(e, weight=Weight.pack(e.weight.data[0]))
+    beyond = replace(x.pixels, table=x.pixels.table + torch.tensor([1, 0, 0]))
+    none = replace(x, pixels=Pixels(torch.zeros(0), torch.zeros(0, 3, dtype=torch.int64), 3))
     calls: list[tuple[Callable[[], Tensor], str]] = [
         (lambda: replace(x, places=x.places.long()).gather(cuda, device), "places must be"),
+        (lambda: none.gather(cuda, device), "4 places of no image"),
         (lambda: replace(x, resize="cubic").gather(cuda, device), "resize one of"),
         (lambda: x.gather(cuda, device, torch.float64), "out_dtype must be one of"),
         (lambda: panels.run(cuda, x, device), "layout dense, got panel"),
@@ -202,6 +210,8 @@ def test_wrong_arguments_of_patches_are_named(device: str) -> None:
     for call, message in calls:
         with pytest.raises(InvalidInput, match=f"_patches: .*{message}"):
             call()
+    with pytest.raises(InvalidInput, match=r"table: an image of 3 x .* from element 1 on exceeds"):
+        replace(x, pixels=beyond).gather(cuda, device)
 
 
 def test_zero_patches_launch_nothing(

@@ -46,27 +46,7 @@ def gather_patches(
             others are unspecified and their places not looked at.
     """
     check_places("gather_patches", pixels, places, size, resize)
-    check("gather_patches", "pixels.data", pixels.data, (torch.float32,), (-1,))
-    _check_kept("gather_patches", kept, pixels)
-    to = out_dtype or torch.float32
-    capacity, width = places.shape[0], pixels.channels * size * size
-    if to not in FLOATS or width > INT_MAX:
-        raise InvalidInput(
-            f"gather_patches: out_dtype must be one of {list(FLOATS)} and a patch at most "
-            f"{INT_MAX} values, got {to} and {width}"
-        )
-    out = torch.empty(capacity, width, dtype=to, device=places.device)
-    if capacity and width:
-        table = _table(pixels.table.numpy().tobytes(), places.device)
-        kernels_of(places.device.index).launch(
-            f"gather_patches_{FLOATS[to]}_v{8 if width % 8 == 0 else 1}",
-            (ceil_div(capacity, THREADS // WARP), 1),
-            (THREADS, 1),
-            *(pixels.data.data_ptr(), table.data_ptr(), places.data_ptr()),
-            *(0 if kept is None else kept.data_ptr(), out.data_ptr()),
-            *(capacity, pixels.channels, size, resize == "bilinear"),
-        )
-    return out
+    return _gather("gather_patches", pixels, places, size, resize, out_dtype, kept)
 
 
 def embed_patches(
@@ -90,18 +70,20 @@ def embed_patches(
     which rounds to the weight's dtype before bias and position. No row number is checked; ``kept``
     is that of `gather_patches`.
     """
+    check_places("embed_patches", pixels, places, size, resize)
     check_embed(pixels, weight, bias, size, epilogue)
     check_rows(places, weight, positions, position_rows, out, out_rows)
     if weight.layout != "dense":
         raise InvalidInput(
             f"embed_patches: CUDA weights must have layout dense, got {weight.layout}"
         )
+    capacity, width = places.shape[0], weight.out_features
+    check("embed_patches", "weight", weight.data, (weight.dtype,), (1, width, weight.in_features))
     check_device(
         "embed_patches", pixels.data, weight=weight.data, bias=bias, positions=positions,
         position_rows=position_rows, out=out, out_rows=out_rows,
     )  # fmt: skip
-    patches = gather_patches(pixels, places, size, resize, weight.dtype, kept=kept)
-    capacity, width = places.shape[0], weight.out_features
+    patches = _gather("embed_patches", pixels, places, size, resize, weight.dtype, kept)
     if capacity == 0 or width == 0:
         return out
     if choose_kernel(patches, weight, capacity, planned=False) == "linear":
@@ -124,13 +106,51 @@ def embed_patches(
     return out
 
 
-def _check_kept(op: str, kept: Tensor | None, pixels: Pixels) -> None:
+def _gather(
+    op: str,
+    pixels: Pixels,
+    places: Tensor,
+    size: int,
+    resize: str,
+    out_dtype: torch.dtype | None,
+    kept: Tensor | None,
+) -> Tensor:
+    check(op, "pixels.data", pixels.data, (torch.float32,), (-1,))
     if kept is not None:
         check(op, "kept", kept, (torch.int32,), (1,))
         check_device(op, pixels.data, kept=kept)
+    to = out_dtype or torch.float32
+    capacity, width = places.shape[0], pixels.channels * size * size
+    if to not in FLOATS or width > INT_MAX:
+        raise InvalidInput(
+            f"{op}: out_dtype must be one of {list(FLOATS)} and a patch at most {INT_MAX} values, "
+            f"got {to} and {width}"
+        )
+    if capacity and pixels.count == 0:
+        raise InvalidInput(f"{op}: {capacity} places of no image")
+    out = torch.empty(capacity, width, dtype=to, device=places.device)
+    if capacity and width:
+        content, elements = pixels.table.numpy().tobytes(), pixels.data.numel()
+        table = _table(content, pixels.channels, elements, places.device)
+        kernels_of(places.device.index).launch(
+            f"gather_patches_{FLOATS[to]}_v{8 if width % 8 == 0 else 1}",
+            (ceil_div(capacity, THREADS // WARP), 1),
+            (THREADS, 1),
+            *(pixels.data.data_ptr(), table.data_ptr(), places.data_ptr()),
+            *(0 if kept is None else kept.data_ptr(), out.data_ptr()),
+            *(capacity, pixels.channels, size, resize == "bilinear"),
+        )
+    return out
 
 
 @functools.lru_cache(maxsize=64)
-def _table(content: bytes, device: torch.device) -> Tensor:
-    """`Pixels.table` on the device: most batches are of sizes that were seen before."""
-    return torch.frombuffer(bytearray(content), dtype=torch.int64).to(device)
+def _table(content: bytes, channels: int, elements: int, device: torch.device) -> Tensor:
+    """`Pixels.table`, checked, on the device: most batches are of sizes that were seen before."""
+    table = torch.frombuffer(bytearray(content), dtype=torch.int64).view(-1, 3)
+    for first, height, width in table.tolist():
+        if min(first, height, width) < 0 or first + channels * height * width > elements:
+            raise InvalidInput(
+                f"pixels.table: an image of {channels} x {height} x {width} from element {first} "
+                f"on exceeds {elements} elements"
+            )
+    return table.to(device)
