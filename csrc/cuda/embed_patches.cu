@@ -57,6 +57,36 @@ __device__ inline float pixel_of(const Square& s, int channel, int y, int x) {
   return __fmul_rn(total, s.share);
 }
 
+// Eight of them, from x on, of a square with this ratio, as sums of the same order: what patches
+// inside of an image are made of. False: they do not lie within it or on 16 bytes; none was read.
+template <int kRatio>
+__device__ inline bool run_of(const Square& s, int channel, int y, int x, float (&value)[8]) {
+  const i64 line = s.top + i64(y) * kRatio, at = s.left + i64(x) * kRatio;
+  const float* run = s.image + (channel * s.height + line) * s.width + at;
+  if (s.ratio != kRatio || line < 0 || line + kRatio > s.height || at < 0 ||
+      at + 8 * kRatio > s.width || reinterpret_cast<unsigned long long>(run) % 16 != 0 ||
+      (kRatio > 1 && s.width % 4 != 0))
+    return false;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) value[i] = -0.0f;
+#pragma unroll
+  for (int dy = 0; dy < kRatio; ++dy) {
+#pragma unroll
+    for (int part = 0; part < kRatio; ++part) {
+      float pixels[8];
+      load<8>(run + dy * s.width + 8 * part, pixels);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float& total = value[(8 * part + i) / kRatio];
+        total = __fadd_rn(total, pixels[i]);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) value[i] = __fmul_rn(value[i], s.share);
+  return true;
+}
+
 // A warp per row, V elements a lane at a time. _v8 needs channels * size^2 to be a multiple of 8.
 template <typename T, int V>
 __device__ void gather_squares(const Squares& a) {
@@ -68,13 +98,12 @@ __device__ void gather_squares(const Squares& a) {
   for (int column = lane_id() * V; column < width; column += kWarp * V) {
     int channel = column / area, y = column % area / a.size, x = column % a.size;
     float value[V];
-    // A run of whole pixels of one line: what every patch of a plain ViT is made of.
-    const i64 line = s.top + y, at = s.left + x;
-    const float* run = s.image + (channel * s.height + line) * s.width + at;
-    if (V == 8 && s.ratio == 1 && x + V <= a.size && line >= 0 && line < s.height && at >= 0 &&
-        at + V <= s.width && reinterpret_cast<unsigned long long>(run) % 16 == 0) {
-      load<V>(run, value);
-    } else {
+    bool done = false;
+    if constexpr (V == 8) {
+      if (x + V <= a.size)
+        done = run_of<1>(s, channel, y, x, value) || run_of<2>(s, channel, y, x, value);
+    }
+    if (!done) {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         value[i] = pixel_of(s, channel, y, x);

@@ -103,6 +103,20 @@ def test_whole_patches_of_a_grid(device: str) -> None:
             same_bits(out, expected.to(dtype))
 
 
+@pytest.mark.parametrize("width", [48, 46])
+def test_coarse_patches_of_a_grid(device: str, width: int) -> None:
+    """Blocks of 2 x 2, which 16-byte loads can take or not, inside of an image and across edges."""
+    pixels = Pixels.of(normal(0, 2, 2, 40, width).round(decimals=1))
+    corners = torch.cartesian_prod(
+        torch.arange(2), torch.tensor([0, 1, 24, 27, -2]), torch.tensor([0, 4, 3, 32, 36, -4])
+    )
+    for ratio in (1, 2, 3):
+        places = torch.nn.functional.pad(corners, (0, 1), value=ratio).int()
+        for size, resize in ((8, "area"), (16, "bilinear"), (4, "area")):
+            x = Squares(pixels, places, size, resize)
+            same_bits(x.gather(cuda, device), x.gather(reference, "cpu"))
+
+
 @dataclass(frozen=True)
 class Embedding:
     """The other arguments of embed_patches."""

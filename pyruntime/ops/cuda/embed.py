@@ -99,7 +99,7 @@ def embed_patches(
         (ceil_div(capacity, rows), 1),
         (columns, rows),
         product.data_ptr(),
-        *(0 if vector is None else vector.data_ptr() for vector in vectors),
+        *(0 if t is None else t.data_ptr() for t in vectors),
         out.data_ptr(),
         *(width, capacity, epilogue == "gelu", out.dtype is torch.float32),
     )
