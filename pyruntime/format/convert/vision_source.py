@@ -16,6 +16,7 @@ from pyruntime.format.convert import (
     exits,
     hf_vit,
     msvit,
+    naflexvit,
     preprocess,
     reduction,
     t2t_vit,
@@ -33,7 +34,8 @@ from pyruntime.format.convert.vision_options import VisionOptions, adapt
 from pyruntime.format.spec import VisionSpec
 
 # A name that ends so is of a vision transformer, whatever is wrapped around it.
-_MARKS = ("patch_embed.proj.weight", "tokens_to_token.project.weight", torchvision_acm.MARK)
+_MARKS = ("patch_embed.proj.weight", "tokens_to_token.project.weight", torchvision_acm.MARK,
+          naflexvit.MARK)  # fmt: skip
 # What holds a state dict in a training checkpoint; where there are several, the first counts.
 _WRAPPERS = ("state_dict_ema", "model_ema", "model_state", "model", "net", "state_dict")
 # What wrappers put in front of every name: DataParallel, torch.compile,
@@ -76,8 +78,13 @@ def open_folder(folder: Path, options: VisionOptions) -> Source:
     if options.preprocess is not None:
         given = preprocess.read_sidecar(folder, options.preprocess)
     described = description_files(folder)
-    if "architecture" in _config(folder):
-        config, pool = timm_vit.read_config(_config(folder), folder / "config.json")
+    data, where = _config(folder), folder / "config.json"
+    if naflexvit.is_config(data):
+        config, naflex = naflexvit.read_config(data, where)
+        weights = checkpoint.open_folder(folder)
+        weights, found = naflexvit.read(weights, _merged(config, given), naflex)
+    elif "architecture" in data:
+        config, pool = timm_vit.read_config(data, where)
         weights = checkpoint.open_folder(folder)
         found = timm_vit.read(weights, _merged(config, given), pool)
     else:
@@ -129,6 +136,8 @@ def _read(weights: Checkpoint, given: Given, options: VisionOptions) -> tuple[Ch
     if apt.MARK in weights.entries:
         weights = apt.renamed(weights)
         return weights, apt.read(weights, given, options.scales)
+    if naflexvit.MARK in weights.entries:
+        return naflexvit.read(weights, given)
     return weights, timm_vit.read(weights, given)
 
 
@@ -185,7 +194,8 @@ def _merged(config: Given, given: Given | None) -> Given:
         return config
     return dataclasses.replace(
         config, where=given.where, preprocess=given.preprocess,
-        labels=given.labels or config.labels, position_resize=given.position_resize,
+        labels=given.labels or config.labels,
+        position_resize=given.position_resize or config.position_resize,
     )  # fmt: skip
 
 
