@@ -6,7 +6,8 @@
 namespace pyrt::PYRT_ISA {
 namespace {
 
-constexpr int64_t kFewTiles = 2;  // of a thread: up to there columns are cut, not rows
+constexpr int64_t kBuilt = 3 * kTileRows;  // patches that are built before they are packed
+constexpr int64_t kFewTiles = 2;           // of a thread: up to there columns are cut, not rows
 
 // Rows are cut evenly, not in whole tiles: the parts are equal, and no patch is built twice.
 class Even {
@@ -51,18 +52,18 @@ struct Tokens {
     static thread_local Scratch scratch;
     const int64_t width = patches.width(), depth = Step<T>::kDepth;
     const int64_t words = (width + depth - 1) / depth * depth;
-    T* built = scratch.take<T>(kTileRows * width);
+    T* built = scratch.take<T>(kBuilt * width);
+    const auto square_at = [&](int64_t row) { return square_of(args.squares, row); };
     const int64_t end = item.row + item.rows;
-    for (int64_t row = item.row; row < end; row += kTileRows, packed += kTileRows * words) {
-      const int count = int(std::min<int64_t>(kTileRows, end - row));
-      const T* rows[kTileRows];
-      for (int m = 0; m < count; ++m) {
-        rows[m] = built + m * width;
-        patches.write(square_of(args.squares, row + m),
-                      square_of(args.squares, std::min(row + m + kAhead, end - 1)),
-                      built + m * width);
+    for (int64_t row = item.row; row < end; row += kBuilt) {
+      const int64_t ready = std::min(end, row + kBuilt);
+      patches.template write<false, true>(square_at, row, ready, end, built);
+      for (int64_t tile = row; tile < ready; tile += kTileRows, packed += kTileRows * words) {
+        const int count = int(std::min<int64_t>(kTileRows, ready - tile));
+        const T* rows[kTileRows];
+        for (int m = 0; m < count; ++m) rows[m] = built + (tile - row + m) * width;
+        pack_rows(rows, count, width, packed);
       }
-      pack_rows(rows, count, width, packed);
     }
   }
 
