@@ -145,6 +145,7 @@ inline void pad_lines(const Square<In>& square, int64_t channel, int64_t y, int6
 }
 
 constexpr int64_t kGroup = 32;             // patches that are built together, at most
+constexpr int64_t kShort = 8;              // after groups of fewer the next one is fetched
 constexpr int64_t kStreamBytes = 8 << 20;  // of a result that no cache will hold (measured)
 
 // Neighbours: squares of one ratio side by side, as long as all lie inside of their image, or none.
@@ -187,20 +188,19 @@ class Patcher {
     return kStreams && reinterpret_cast<uintptr_t>(out) % 64 == 0;
   }
 
-  // Rows from .. end of the squares that at(row) gives, to out [end - from, C, size, size]. The
-  // group after each is fetched, up to row `last`, if it should be.
-  template <bool kBeside, bool kFetch, class At>
-  void write(const At& at, int64_t from, int64_t end, int64_t last, Out* out) const {
+  // Rows from .. end of the squares that at(row) gives, to out [end - from, C, size, size].
+  template <bool kBeside, class At>
+  void write(const At& at, int64_t from, int64_t end, Out* out) const {
     Group<In> now, later;
     for (; from < end; from += now.count, out += now.count * width()) {
       now.take(at, from, end, size());
-      if (kFetch) later.take(at, from + now.count, last, size());
+      later.take(at, from + now.count, now.count < kShort ? end : 0, size());
       if (!now.inside)
-        lines<kBeside, false, false, 0>(now, later, out);
+        lines<kBeside, false, 0>(now, later, out);
       else if (now.squares->ratio == 1)
-        lines<kBeside, kFetch, true, 1>(now, later, out);
+        lines<kBeside, true, 1>(now, later, out);
       else
-        lines<kBeside, kFetch, true, 0>(now, later, out);
+        lines<kBeside, true, 0>(now, later, out);
     }
   }
 
@@ -213,7 +213,7 @@ class Patcher {
   // Lines of a patch that make up a cache line.
   static constexpr int64_t kTogether = kStreams && kSize * sizeof(Out) < 64 ? 2 : 1;
 
-  template <bool kBeside, bool kFetch, bool kInside, int kRatio>
+  template <bool kBeside, bool kInside, int kRatio>
   void lines(const Group<In>& group, const Group<In>& later, Out* out) const {
     const int64_t size = this->size(), width = this->width();
     const int64_t ratio = kRatio ? kRatio : group.squares->ratio, side = ratio * size;
@@ -222,7 +222,7 @@ class Patcher {
     In* padded = kInside ? nullptr : scratch.take<In>(ratio * side);
     for (int64_t c = 0; c < channels_; ++c)
       for (int64_t y = 0; y < size; y += kTogether) {
-        if (kFetch) fetch(later, c, y);
+        fetch(later, c, y);
         for (int64_t m = 0; m < group.count; ++m) {
           const Square<In>& square = group.squares[m];
           const In* line = square.line(c, y * ratio);
@@ -245,7 +245,7 @@ class Patcher {
 
   // What `kTogether` lines of patches of this group read.
   void fetch(const Group<In>& group, int64_t c, int64_t y) const {
-    if (!group.inside) return;
+    if (group.count == 0 || !group.inside) return;
     const int64_t ratio = group.squares->ratio, side = ratio * size();
     for (int64_t m = 0; m < group.count; ++m) {
       const In* line = group.squares[m].line(c, y * ratio);
@@ -288,8 +288,8 @@ void write_patches(const Patches& patches, int64_t rows, Out* out, const At& at)
     const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
     const int64_t end = rows * (thread + 1) / threads;
     const int64_t from = rows * thread / threads;
-    beside ? patches.template write<true, true>(at, from, end, end, out + from * width)
-           : patches.template write<false, false>(at, from, end, end, out + from * width);
+    beside ? patches.template write<true>(at, from, end, out + from * width)
+           : patches.template write<false>(at, from, end, out + from * width);
 #if defined(__AVX512F__)
     if (beside) _mm_sfence();  // before other threads may read it
 #endif
