@@ -145,9 +145,11 @@ struct SquaresView {
 
 constexpr int64_t kMaxRatio = 256;
 
-// Why the squares must not be read: an image that is not inside pixels, a place without an image or
+// Why the squares must not be read: an image that exceeds the pixels, a place without an image or
 // with a bad ratio. "" if they may.
 std::string problem(const SquaresView& squares);
+// The first of rows [count] that is not in [0, end), or "".
+std::string problem(const char* name, const int32_t* rows, int64_t count, int64_t end);
 
 struct GatherPatchArgs {
   SquaresView squares;

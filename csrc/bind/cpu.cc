@@ -37,15 +37,6 @@ bool cuts(const int32_t* boundaries, int64_t count, int64_t rows) {
   return boundaries[0] == 0 && boundaries[count] == rows;
 }
 
-// What of rows [count] is not in [0, end), or "".
-std::string outside(const char* name, const int32_t* rows, int64_t count, int64_t end) {
-  for (int64_t i = 0; rows && i < count; ++i)
-    if (rows[i] < 0 || rows[i] >= end)
-      return std::string(name) + " must lie in [0, " + std::to_string(end) + "), got " +
-             std::to_string(rows[i]);
-  return "";
-}
-
 // Activations are allocated and freed all the time. By default glibc gives them back to the kernel
 // in between, which maps and clears every page anew: up to a third of a forward pass (measured).
 // A process that has its own mind about malloc keeps it.
@@ -229,9 +220,10 @@ PYBIND11_MODULE(_cpu, m) {
                                gelu ? Epilogue::kGelu : Epilogue::kNone};
           py::gil_scoped_release unlocked;
           std::string wrong = problem(args.squares);
-          if (wrong.empty())
-            wrong = outside("position_rows", args.position_rows, rows, position_count);
-          if (wrong.empty()) wrong = outside("out_rows", args.out_rows, rows, out_count);
+          if (wrong.empty() && args.positions)
+            wrong = problem("position_rows", args.position_rows, rows, position_count);
+          if (wrong.empty() && args.out_rows)
+            wrong = problem("out_rows", args.out_rows, rows, out_count);
           if (wrong.empty()) kernels().embed_patches(args);
           return wrong;
         });

@@ -6,9 +6,9 @@
 namespace pyrt::PYRT_ISA {
 namespace {
 
-constexpr int64_t kFewTiles = 2;  // of a thread: up to there columns are cut, not rows
+constexpr int64_t kFewRows = 2 * kTileRows;  // of an item: then columns are cut too
 
-// Rows are cut evenly, not in whole tiles: the parts are equal, and no patch is built twice.
+// Rows are cut first, evenly and not in whole tiles: parts are equal, and no patch is built twice.
 class Even {
  public:
   Even(const MatmulArgs& args, int threads)
@@ -16,10 +16,12 @@ class Even {
     const int64_t fit = kBlockBytes / (args.in_features * size_of(args.dtype) + 1);
     const int64_t block = std::clamp<int64_t>(fit, kTileRows, kBlockRows);
     blocks_ = (rows_ + block - 1) / block;
-    if (rows_ >= threads * kFewTiles * kTileRows)
+    if (rows_ >= threads * kFewRows) {
       blocks_ = (blocks_ + threads - 1) / threads * threads;
-    else
-      pieces_ = std::min<int64_t>(panels_, threads);
+    } else {
+      blocks_ = std::max(blocks_, rows_ / kFewRows);
+      pieces_ = std::min(panels_, (threads + blocks_ - 1) / blocks_);
+    }
   }
 
   int64_t count() const { return blocks_ * pieces_; }
@@ -52,16 +54,13 @@ struct Tokens {
     const int64_t width = patches.width(), depth = Step<T>::kDepth;
     const int64_t words = (width + depth - 1) / depth * depth;
     T* built = scratch.take<T>(kTileRows * width);
+    const auto square_at = [&](int64_t row) { return square_of(args.squares, row); };
     const int64_t end = item.row + item.rows;
     for (int64_t row = item.row; row < end; row += kTileRows, packed += kTileRows * words) {
       const int count = int(std::min<int64_t>(kTileRows, end - row));
+      patches.template write<false>(square_at, row, row + count, built);
       const T* rows[kTileRows];
-      for (int m = 0; m < count; ++m) {
-        rows[m] = built + m * width;
-        patches.write(square_of(args.squares, row + m),
-                      square_of(args.squares, std::min(row + m + kAhead, end - 1)),
-                      built + m * width);
-      }
+      for (int m = 0; m < count; ++m) rows[m] = built + m * width;
       pack_rows(rows, count, width, packed);
     }
   }

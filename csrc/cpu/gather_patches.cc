@@ -7,11 +7,11 @@ namespace {
 template <class Out>
 void run(const GatherPatchArgs& args) {
   const SquaresView& squares = args.squares;
-  with_patcher<float, Out>(squares.channels, squares.size, squares.bilinear,
-                           [&](const auto& patches) {
-                             write_patches(patches, squares.rows, static_cast<Out*>(args.out),
-                                           [&](int64_t row) { return square_of(squares, row); });
-                           });
+  with_patcher<float, Out>(
+      squares.channels, squares.size, squares.bilinear, [&](const auto& patches) {
+        write_patches<float>(patches, squares.rows, static_cast<Out*>(args.out),
+                             [&](int64_t row) { return square_of(squares, row); });
+      });
 }
 
 }  // namespace

@@ -65,7 +65,7 @@ void run(const PatchArgs& args) {
                         1};
     };
     return with_patcher<In, Out>(channels, args.size, false, [&](const auto& patches) {
-      write_patches(patches, args.images * down * across, out, square_at);
+      write_patches<In>(patches, args.images * down * across, out, square_at);
     });
   }
   const int64_t line = across * channels * args.size * args.size;

@@ -94,14 +94,27 @@ inline f32x16 mean_of(const float* line, int64_t step, int64_t count, int64_t ra
   return total;
 }
 
-template <class In, class Out>
+// Through the caches, or beside them, where a result that exceeds them goes at the speed of a copy.
+// Beside them whole lines must come at once, aligned.
+template <bool kBeside, class Out>
+inline void put(Out* to, f32x16 value, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (kBeside && sizeof(Out) == 4)
+    return _mm512_stream_ps(to, (__m512)value);
+  else if constexpr (kBeside)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)narrow(value));
+#endif
+  count >= 16 ? store(to, value) : store_part(to, value, count);
+}
+
+template <bool kBeside = false, class In, class Out>
 inline void copy(const In* from, int64_t count, Out* to) {
-  for (; count >= 16; count -= 16, from += 16, to += 16) store(to, load(from));
-  if (count > 0) store_part(to, load_part(from, count), count);
+  for (; count >= 16; count -= 16, from += 16, to += 16) put<kBeside>(to, load(from), 16);
+  if (count > 0) put<kBeside>(to, load_part(from, count), count);
 }
 
 // One line of a patch from the lines of its blocks, `step` apart.
-template <class Out>
+template <bool kBeside, class Out>
 inline void shrink(const float* line, int64_t step, int64_t size, int64_t ratio, const Taps& taps,
                    Out* out) {
   const bool all = taps.end - taps.first == ratio;
@@ -111,7 +124,7 @@ inline void shrink(const float* line, int64_t step, int64_t size, int64_t ratio,
                          : all && ratio == 4 ? mean_of<4>(line, step, count)
                          : all && ratio == 8 ? mean_of<8>(line, step, count)
                                              : mean_of(line, step, count, ratio, taps);
-    store_part(out, total * taps.share, count);
+    put<kBeside>(out, total * taps.share, count);
   }
 }
 
@@ -131,8 +144,34 @@ inline void pad_lines(const Square<In>& square, int64_t channel, int64_t y, int6
   }
 }
 
-constexpr int64_t kAhead = 2;  // patches that are fetched before they are copied (measured)
-constexpr int64_t kStreamBytes = 12 << 20;  // of a result that no cache will hold
+constexpr int64_t kGroup = 32;             // patches that are built together, at most
+constexpr int64_t kShort = 8;              // after groups of fewer the next one is fetched
+constexpr int64_t kStreamBytes = 8 << 20;  // of a result that no cache will hold (measured)
+
+// Neighbours: squares of one ratio side by side, as long as all lie inside of their image, or none.
+// Their lines are read in the order of memory, without which DRAM is half as fast (measured).
+template <class In>
+struct Group {
+  Square<In> squares[kGroup];
+  int64_t count = 0;
+  bool inside = false;
+
+  // From row `from` on, of those that at(row) gives.
+  template <class At>
+  void take(const At& at, int64_t from, int64_t end, int64_t size) {
+    end = std::min(end, from + kGroup);
+    for (count = 0; from + count < end; ++count) {
+      const Square<In> square = at(from + count);
+      const bool whole = square.inside(square.ratio * size);
+      if (count == 0)
+        inside = whole;
+      else if (whole != inside || square.image != squares->image || square.top != squares->top ||
+               square.ratio != squares->ratio)
+        break;
+      squares[count] = square;
+    }
+  }
+};
 
 // Patches of one shape: kSize is the usual one of them, unrolled, or 0.
 template <int kSize, class In, class Out>
@@ -144,34 +183,77 @@ class Patcher {
   int64_t size() const { return kSize ? kSize : size_; }
   int64_t width() const { return channels_ * size() * size(); }
 
-  // out [C, size, size] of the square; the lines of another, that comes later, are fetched.
-  void write(const Square<In>& square, const Square<In>& later, Out* out) const {
-    const int64_t size = this->size(), ratio = square.ratio, side = ratio * size;
-    const Taps taps(ratio, bilinear_), fetched(later.ratio, bilinear_);
-    const bool inside = square.inside(side);
-    static thread_local Scratch scratch;
-    In* padded = inside ? nullptr : scratch.take<In>(ratio * side);
-    for (int64_t c = 0; c < channels_; ++c)
-      for (int64_t y = 0; y < size; ++y, out += size) {
-        for (int64_t dy = fetched.first; dy < fetched.end; ++dy) {
-          const In* line = later.line(c, y * later.ratio + dy);
-          for (int64_t x = 0; x < size * later.ratio; x += 64 / sizeof(In))
-            __builtin_prefetch(line + x);
-        }
-        const In* lines = square.line(c, y * ratio);
-        int64_t step = square.width;
-        if (!inside) {
-          pad_lines(square, c, y * ratio, ratio, side, padded);
-          lines = padded, step = side;
-        }
-        if (ratio == 1)
-          copy(lines, size, out);
-        else if constexpr (sizeof(In) == sizeof(float))
-          shrink(lines, step, size, ratio, taps, out);
-      }
+  // Whether rows at `out` can be written beside the caches.
+  static bool can_stream(const Out* out) {
+    return kStreams && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  }
+
+  // Rows from .. end of the squares that at(row) gives, to out [end - from, C, size, size].
+  template <bool kBeside, class At>
+  void write(const At& at, int64_t from, int64_t end, Out* out) const {
+    Group<In> now, later;
+    for (; from < end; from += now.count, out += now.count * width()) {
+      now.take(at, from, end, size());
+      later.take(at, from + now.count, now.count < kShort ? end : 0, size());
+      if (!now.inside)
+        lines<kBeside, false, 0>(now, later, out);
+      else if (now.squares->ratio == 1)
+        lines<kBeside, true, 1>(now, later, out);
+      else
+        lines<kBeside, true, 0>(now, later, out);
+    }
   }
 
  private:
+#if defined(__AVX512F__)
+  static constexpr bool kStreams = kSize > 0 && kSize % 16 == 0;
+#else
+  static constexpr bool kStreams = false;
+#endif
+  // Lines of a patch that make up a cache line.
+  static constexpr int64_t kTogether = kStreams && kSize * sizeof(Out) < 64 ? 2 : 1;
+
+  template <bool kBeside, bool kInside, int kRatio>
+  void lines(const Group<In>& group, const Group<In>& later, Out* out) const {
+    const int64_t size = this->size(), width = this->width();
+    const int64_t ratio = kRatio ? kRatio : group.squares->ratio, side = ratio * size;
+    const Taps taps(ratio, bilinear_);
+    static thread_local Scratch scratch;
+    In* padded = kInside ? nullptr : scratch.take<In>(ratio * side);
+    for (int64_t c = 0; c < channels_; ++c)
+      for (int64_t y = 0; y < size; y += kTogether) {
+        fetch(later, c, y);
+        for (int64_t m = 0; m < group.count; ++m) {
+          const Square<In>& square = group.squares[m];
+          const In* line = square.line(c, y * ratio);
+          Out* to = out + m * width + (c * size + y) * size;
+          for (int64_t i = 0; i < kTogether; ++i, line += ratio * square.width, to += size) {
+            const In* from = line;
+            int64_t step = square.width;
+            if constexpr (!kInside) {
+              pad_lines(square, c, (y + i) * ratio, ratio, side, padded);
+              from = padded, step = side;
+            }
+            if (ratio == 1)
+              copy<kBeside>(from, size, to);
+            else if constexpr (sizeof(In) == sizeof(float))
+              shrink<kBeside>(from, step, size, ratio, taps, to);
+          }
+        }
+      }
+  }
+
+  // What `kTogether` lines of patches of this group read.
+  void fetch(const Group<In>& group, int64_t c, int64_t y) const {
+    if (group.count == 0 || !group.inside) return;
+    const int64_t ratio = group.squares->ratio, side = ratio * size();
+    for (int64_t m = 0; m < group.count; ++m) {
+      const In* line = group.squares[m].line(c, y * ratio);
+      for (int64_t i = 0; i < ratio * kTogether; ++i, line += group.squares[m].width)
+        for (int64_t x = 0; x < side; x += 64 / sizeof(In)) __builtin_prefetch(line + x);
+    }
+  }
+
   int64_t channels_, size_;
   bool bilinear_;
 };
@@ -195,41 +277,21 @@ inline void with_patcher(int64_t channels, int64_t size, bool bilinear, F&& f) {
   }
 }
 
-// Beside the caches, where a result that exceeds them is written at the speed of a copy. Only whole
-// lines, so that parts which meet in one do not wait for each other.
-inline void stream(void* to, const void* from, int64_t bytes) {
-#if defined(__AVX512F__)
-  char* out = static_cast<char*>(to);
-  const char* in = static_cast<const char*>(from);
-  const int64_t head = std::min<int64_t>(-reinterpret_cast<intptr_t>(out) & 63, bytes);
-  std::memcpy(out, in, head);
-  int64_t i = head;
-  for (; i + 64 <= bytes; i += 64)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), load_as<__m512i>(in + i));
-  std::memcpy(out + i, in + i, bytes - i);
-#else
-  std::memcpy(to, from, bytes);
-#endif
-}
-
 // out [rows, C * size * size] of the squares that at(r) gives.
-template <class Out, class Patches, class At>
+template <class In, class Out, class Patches, class At>
 void write_patches(const Patches& patches, int64_t rows, Out* out, const At& at) {
   const int64_t width = patches.width();
-  const bool beside = rows * width * int64_t(sizeof(Out)) >= kStreamBytes;
+  const bool beside =
+      rows * width * int64_t(sizeof(Out)) >= kStreamBytes && patches.can_stream(out);
 #pragma omp parallel if (rows * width >= 64 << 10)
   {
-    static thread_local Scratch scratch;
     const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
     const int64_t end = rows * (thread + 1) / threads;
-    Out* built = beside ? scratch.take<Out>(width) : nullptr;
-    for (int64_t r = rows * thread / threads; r < end; ++r) {
-      Out* to = out + r * width;
-      patches.write(at(r), at(std::min(r + kAhead, end - 1)), beside ? built : to);
-      if (beside) stream(to, built, width * sizeof(Out));
-    }
+    const int64_t from = rows * thread / threads;
+    beside ? patches.template write<true>(at, from, end, out + from * width)
+           : patches.template write<false>(at, from, end, out + from * width);
 #if defined(__AVX512F__)
-    if (beside) _mm_sfence();
+    if (beside) _mm_sfence();  // before other threads may read it
 #endif
   }
 }

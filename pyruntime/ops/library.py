@@ -172,7 +172,7 @@ def combine(
 
 
 @_op(
-    lambda x, weight, bias, eps, rows=None, out_dtype=None: x.new_empty(
+    lambda x, weight, bias, eps, rows=None, out_dtype=None, epilogue="none": x.new_empty(
         (x if rows is None else rows).shape[0], x.shape[1], dtype=out_dtype or x.dtype
     )
 )
@@ -183,11 +183,12 @@ def layer_norm(
     eps: float,
     rows: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    epilogue: str = "none",
 ) -> Tensor:
     """x [N, H], or its ``rows`` [R], centred and scaled."""
     at = None if rows is None else rows.contiguous()
     return ops.layer_norm(
-        x.contiguous(), weight.contiguous(), bias.contiguous(), eps, at, out_dtype
+        x.contiguous(), weight.contiguous(), bias.contiguous(), eps, at, out_dtype, epilogue
     )
 
 
@@ -289,4 +290,4 @@ def attention_varlen(
 
 
 # Registered in files of their own, with what is defined above.
-from pyruntime.ops import library_exit  # noqa: E402, F401
+from pyruntime.ops import library_embed, library_exit  # noqa: E402, F401

@@ -18,6 +18,7 @@ COMPILED_PER_SET = (
     "test_norm.py",
     "test_layer_norm.py",
     "test_patches.py",
+    "test_embed_patches.py",
     "test_attention.py",
     "test_attention_varlen.py",
     "test_batch_invariance.py",

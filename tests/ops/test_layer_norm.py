@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pyruntime.errors import InvalidInput
 from pyruntime.layers.norm import Norm
 from pyruntime.ops import native, reference
 from tests.ops.strategies import (
@@ -79,6 +81,31 @@ def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
         for i in range(0, 300, 23):
             alone = native.layer_norm(x[i : i + 1], weight, bias, EPS)
             assert_same_bits(alone[0], together[i])
+
+
+@few
+@given(seeds, st.integers(0, 40), widths, dtypes, dtypes)
+def test_gelu_of_the_norm(
+    seed: int, rows: int, width: int, dtype: torch.dtype, out_dtype: torch.dtype
+) -> None:
+    """Of the norm before it is rounded."""
+    x, weight, bias = normal(seed, rows, width, dtype=dtype), normal(1, width), normal(2, width)
+    normed, size = exact(x, weight, bias)
+    expected = F.gelu(normed).to(out_dtype)
+    for ops in (native, reference):
+        assert_close(ops.layer_norm(x, weight, bias, EPS, None, out_dtype, "gelu"), expected, size)
+        with pytest.raises(InvalidInput, match="epilogue must be none or gelu, got 'tanh'"):
+            ops.layer_norm(x, weight, bias, EPS, epilogue="tanh")
+
+
+def test_gelu_has_the_same_bits_wherever_a_row_lies() -> None:
+    x, weight, bias = normal(0, 90, 70), normal(1, 70), normal(2, 70)
+    whole = native.layer_norm(x, weight, bias, EPS, epilogue="gelu")
+    rows = torch.tensor([89, 3, 3]).int()
+    taken = native.layer_norm(x, weight, bias, EPS, rows, epilogue="gelu")
+    assert_same_bits(taken, whole[rows.long()])
+    alone = native.layer_norm(x[3:4].clone(), weight, bias, EPS, epilogue="gelu")
+    assert_same_bits(alone, whole[3:4])
 
 
 def test_a_large_mean_does_not_cancel_the_variance() -> None:

@@ -116,6 +116,7 @@ def test_norm_and_patches(dtype: torch.dtype) -> None:
     rows = torch.tensor([4, 0], dtype=torch.int32)
     check(lib.layer_norm, x, torch.rand(12), torch.rand(12), 1e-6)
     check(lib.layer_norm, x, torch.rand(12), torch.rand(12), 1e-6, rows, torch.float32)
+    check(lib.layer_norm, x, torch.rand(12), torch.rand(12), 1e-6, epilogue="gelu")
     images = torch.randn(2, 3, 9, 11).to(dtype)
     check(lib.patches, images, 4, 3, 1)
     check(lib.patches, images.permute(0, 2, 3, 1), 4, 3, 1, True, torch.bfloat16)

@@ -44,6 +44,14 @@ def gather_patches(
     check_places("gather_patches", pixels, places, size, resize)
     at, device = places.long(), pixels.data.device
     if at.is_cpu:
+        for i, (first, high, wide) in enumerate(pixels.table.tolist()):
+            if min(first, high, wide) < 0 or first + pixels.channels * high * wide > len(
+                pixels.data
+            ):
+                raise InvalidInput(
+                    f"gather_patches: image {i} [{pixels.channels}, {high}, {wide}] from element "
+                    f"{first} on exceeds the {len(pixels.data)} of pixels.data"
+                )
         refuse_outside("gather_patches", "image", at[:, 0], 0, pixels.count)
         refuse_outside("gather_patches", "ratio", at[:, 3], 1, MAX_RATIO + 1)
     table = pixels.table.to(device)
@@ -103,6 +111,7 @@ def embed_patches(
         InvalidInput: see `gather_patches`; shapes and dtypes; on the CPU also a row that
             ``positions`` or ``out`` does not have.
     """
+    check_places("embed_patches", pixels, places, size, resize)
     check_embed(pixels, weight, bias, size, epilogue)
     check_rows(places, weight, positions, position_rows, out, out_rows)
     patches = gather_patches(pixels, places, size, resize, weight.dtype)
@@ -155,7 +164,7 @@ def check_places(op: str, pixels: Pixels, places: Tensor, size: int, resize: str
 def check_embed(
     pixels: Pixels, weight: Weight, bias: Tensor | None, size: int, epilogue: str
 ) -> None:
-    """The same for the matrix of `embed_patches`."""
+    """The same for the matrix of `embed_patches`, after `check_places`."""
     columns = pixels.channels * size * size
     if (
         weight.segments != 1
