@@ -1,10 +1,12 @@
 """Is every op near its limit, and is a call cheap?
 
-    python -m bench.bench_ops [--only import calls move matmul] [--threads 2] [--quick]
+    python -m bench.bench_ops [--only import calls move patches matmul] [--threads 2] [--quick]
 
 Sections: import time against torch; checked calls and planners in microseconds; gather and combine
-against the measured copy bandwidth; segment_matmul with few rows per segment against the time to
-read its weights once, and with many rows against torch's dense matmul of equal FLOPs.
+against the measured copy bandwidth; patches of images against a copy of as many bytes, and
+embed_patches against the arithmetic peak and its two halves in turn; segment_matmul with few rows
+per segment against the time to read its weights once, and with many rows against torch's dense
+matmul of equal FLOPs.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 from bench import limits
 from bench.harness import Report, alternate, target, timed
 from pyruntime import _cpu, ops
-from pyruntime.ops import Weight
+from pyruntime.ops import Pixels, Weight
 from pyruntime.plan import Plan
 
 LARGE = 64 << 20  # bytes that are gathered and combined: twice the last-level cache
@@ -137,6 +139,84 @@ def bench_move(report: Report, quick: bool, found: limits.Limits) -> None:
             )  # fmt: skip
 
 
+def squares(count: int, coarse: float, size: int, side: int = 224) -> torch.Tensor:
+    """Places that tile the images: a share stays squares of 2 * size, the others are quarters."""
+    random = torch.Generator().manual_seed(0)
+    cells = side // size
+    across = (cells + 1) // 2
+    rows = []
+    for image in range(count):
+        stays = torch.rand(across, across, generator=random) < coarse
+        big = torch.nonzero(stays) * 2 * size
+        fine = ~stays.repeat_interleave(2, 0).repeat_interleave(2, 1)
+        small = torch.nonzero(fine[:cells, :cells]) * size
+        for corners, ratio in ((big, 2), (small, 1)):
+            label = corners.new_tensor([image]).expand(len(corners), 1)
+            rows.append(torch.cat([label, corners, torch.full_like(label, ratio)], 1))
+    return torch.cat(rows).int()
+
+
+# Name, pixels a side of a patch, columns of the product, share of coarse squares.
+PATCHES = [("fine", 16, 384, 0.0), ("half coarse", 16, 384, 0.5), ("regions", 32, 64, 0.0)]
+
+
+def bench_patches(report: Report, quick: bool, found: limits.Limits) -> None:
+    """Patches of 224-pixel images: gathered, and as the tokens of a ViT-S or of a gate's layer.
+
+    The limit of a gather is a copy of as many bytes, pixels read once and rows written. Every arm
+    runs several times in a row, so that all find the caches as they leave them.
+    """
+    for count in (1, 8, 32):
+        images = torch.randn(count, 3, 224, 224)
+        pixels = Pixels.of(images)
+        for name, size, width, coarse in PATCHES:
+            places = squares(count, coarse, size)
+            for dtype in (torch.float32, torch.bfloat16):
+                gather = partial(ops.gather_patches, pixels, places, size, "area", dtype)
+                rows = gather()
+                moved = images.nbytes + rows.nbytes
+                source, target_of_copy = torch.zeros(2, moved // 8)
+                inner = 3 * size * size
+                weight = Weight.pack(torch.randn(width, inner).to(dtype) / inner**0.5)
+                bias, out = torch.randn(width), torch.empty(len(rows), width, dtype=dtype)
+                calls: dict[str, Callable[[], Any]] = {
+                    "copy": partial(target_of_copy.copy_, source),
+                    "fresh copy": source.clone,
+                    "gather": gather,
+                    "product": partial(ops.segment_matmul, rows, weight, bias=bias, out=out),
+                    "embed": partial(
+                        ops.embed_patches, pixels, places, weight, bias, size=size, out=out
+                    ),
+                    "both": lambda gather=gather, weight=weight, bias=bias, out=out: (
+                        ops.segment_matmul(gather(), weight, bias=bias, out=out)
+                    ),
+                }
+                arms = {arm: timed(run, 8) for arm, run in calls.items()}
+                samples = alternate(arms, rounds=5 if quick else 15, seconds=0 if quick else 10)
+                copied = min(samples.p50("copy"), samples.p50("fresh copy"))
+                common = {
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "shapes": {"B": count, "R": len(rows), "size": size, "D": width},
+                    **samples.guard(),
+                }
+                share = copied / samples.p50("gather")
+                report.add(
+                    op="gather_patches", what=f"B={count} {name}, share of copy bandwidth",
+                    **samples.times("gather"), gb_per_s=moved / samples.p50("gather") / 1e9,
+                    limit_name="copy bandwidth of as many bytes GB/s", fraction=share,
+                    limit=moved / copied / 1e9, **common, **target(share, 0.70),
+                )  # fmt: skip
+                flops = 2 * len(rows) * inner * width
+                speed = flops / samples.p50("embed") / 1e9
+                report.add(
+                    op="embed_patches", what=f"B={count} {name}, gather then product / ours",
+                    **samples.times("embed"), gflops=speed, limit_name="arithmetic peak GFLOP/s",
+                    limit=found.flops(dtype), fraction=speed / found.flops(dtype),
+                    product_p50_us=samples.p50("product") * 1e6, **common,
+                    **target(samples.ratio("both", "embed"), 0.97),
+                )  # fmt: skip
+
+
 def segments_plan(segments: int, rows: int) -> Plan:
     """Every segment gets `rows` rows, source order mixed over segments."""
     labels = torch.arange(segments, dtype=torch.int32).repeat(rows)
@@ -218,7 +298,7 @@ def bench_large(report: Report, quick: bool, found: limits.Limits) -> None:
 
 def main() -> None:
     """Runs the chosen sections."""
-    sections = ("import", "calls", "move", "matmul")
+    sections = ("import", "calls", "move", "patches", "matmul")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=sections, default=sections)
     parser.add_argument("--threads", type=int, default=2)
@@ -230,10 +310,12 @@ def main() -> None:
         bench_import(report, args.quick)
     if "calls" in args.only:
         bench_calls(report, args.quick)
-    if {"move", "matmul"} & set(args.only):
+    if {"move", "patches", "matmul"} & set(args.only):
         found = limits.measure(args.threads)
         if "move" in args.only:
             bench_move(report, args.quick, found)
+        if "patches" in args.only:
+            bench_patches(report, args.quick, found)
         if "matmul" in args.only:
             bench_small(report, args.quick, found)
             bench_large(report, args.quick, found)

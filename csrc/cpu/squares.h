@@ -51,7 +51,7 @@ constexpr i32x16 kOdd = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 
 template <int R>
 inline void comb(const float* from, int64_t count, f32x16 (&to)[R]) {
   if constexpr (R == 1) {
-    to[0] = count >= 16 ? load(from) : load_part(from, std::max<int64_t>(count, 0));
+    to[0] = count >= 16 ? load(from) : count > 0 ? load_part(from, count) : f32x16{};
   } else {
     f32x16 lower[R / 2], upper[R / 2];
     comb<R / 2>(from, count, lower);
@@ -64,34 +64,27 @@ inline void comb(const float* from, int64_t count, f32x16 (&to)[R]) {
   }
 }
 
-// A mean starts from its first pixel, not from 0, and adds line by line and left to right.
-inline f32x16 plus(f32x16 total, f32x16 value, bool first) { return first ? value : total + value; }
-
-// Up to 16 means of whole blocks of R x R.
+// Adds the pixels of one line to the sums of `size` blocks of R x R, from left to right. The first
+// line of a block starts them, from its first pixel and not from 0.
 template <int R>
-inline f32x16 mean_of(const float* line, int64_t step, int64_t count) {
-  f32x16 total{};
-#pragma GCC unroll 2
-  for (int64_t dy = 0; dy < R; ++dy, line += step) {
+inline void add_line(const float* line, int64_t size, bool first, float* sums) {
+  for (int64_t x = 0; x < size; x += 16, line += 16 * R, sums += 16) {
     f32x16 pixels[R];
-    comb<R>(line, count * R, pixels);
+    comb<R>(line, std::min<int64_t>(size - x, 16) * R, pixels);
+    f32x16 total = first ? pixels[0] : load(sums) + pixels[0];
 #pragma GCC unroll 8
-    for (int dx = 0; dx < R; ++dx) total = plus(total, pixels[dx], dy == 0 && dx == 0);
+    for (int d = 1; d < R; ++d) total += pixels[d];
+    store(sums, total);
   }
-  return total;
 }
 
-inline f32x16 mean_of(const float* line, int64_t step, int64_t count, int64_t ratio,
-                      const Taps& taps) {
-  f32x16 total{};
-  for (int64_t dy = taps.first; dy < taps.end; ++dy)
-    for (int64_t dx = taps.first; dx < taps.end; ++dx) {
-      const float* from = line + dy * step + dx;
-      f32x16 pixels{};
-      for (int64_t i = 0; i < count; ++i) pixels[i] = from[i * ratio];
-      total = plus(total, pixels, dy == taps.first && dx == taps.first);
-    }
-  return total;
+inline void add_line(const float* line, int64_t size, int64_t ratio, const Taps& taps, bool first,
+                     float* sums) {
+  for (int64_t x = 0; x < size; ++x, line += ratio) {
+    float total = first ? line[taps.first] : sums[x] + line[taps.first];
+    for (int64_t d = taps.first + 1; d < taps.end; ++d) total += line[d];
+    sums[x] = total;
+  }
 }
 
 // Through the caches, or beside them, where a result that exceeds them goes at the speed of a copy.
@@ -104,7 +97,10 @@ inline void put(Out* to, f32x16 value, int64_t count) {
   else if constexpr (kBeside)
     return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)narrow(value));
 #endif
-  count >= 16 ? store(to, value) : store_part(to, value, count);
+  if (count >= 16)
+    store(to, value);
+  else if (count > 0)
+    store_part(to, value, count);
 }
 
 template <bool kBeside = false, class In, class Out>
@@ -113,39 +109,22 @@ inline void copy(const In* from, int64_t count, Out* to) {
   if (count > 0) put<kBeside>(to, load_part(from, count), count);
 }
 
-// One line of a patch from the lines of its blocks, `step` apart.
-template <bool kBeside, class Out>
-inline void shrink(const float* line, int64_t step, int64_t size, int64_t ratio, const Taps& taps,
-                   Out* out) {
-  const bool all = taps.end - taps.first == ratio;
-  for (int64_t x = 0; x < size; x += 16, line += 16 * ratio, out += 16) {
-    const int64_t count = std::min<int64_t>(size - x, 16);
-    const f32x16 total = all && ratio == 2   ? mean_of<2>(line, step, count)
-                         : all && ratio == 4 ? mean_of<4>(line, step, count)
-                         : all && ratio == 8 ? mean_of<8>(line, step, count)
-                                             : mean_of(line, step, count, ratio, taps);
-    put<kBeside>(out, total * taps.share, count);
-  }
-}
-
-// Lines y .. y + count of a square that is not all inside, each of `side` pixels, completed by 0.
+// Line y of a square that is not all inside, completed by 0 to `side` pixels.
 template <class In>
-inline void pad_lines(const Square<In>& square, int64_t channel, int64_t y, int64_t count,
-                      int64_t side, In* to) {
+inline void pad_line(const Square<In>& square, int64_t channel, int64_t y, int64_t side, In* to) {
+  const int64_t line = square.top + y;
   const int64_t from = std::clamp<int64_t>(-square.left, 0, side);
   const int64_t end = std::clamp<int64_t>(square.width - square.left, from, side);
-  for (; count-- > 0; ++y, to += side) {
-    const int64_t line = square.top + y;
-    const bool empty = line < 0 || line >= square.height || from == end;
-    std::fill_n(to, empty ? side : from, In(0));
-    if (empty) continue;
-    copy(square.line(channel, y) + from, end - from, to + from);
-    std::fill_n(to + end, side - end, In(0));
+  if (line < 0 || line >= square.height || from == end) {
+    std::fill_n(to, side, In(0));
+    return;
   }
+  std::fill_n(to, from, In(0));
+  copy(square.line(channel, y) + from, end - from, to + from);
+  std::fill_n(to + end, side - end, In(0));
 }
 
 constexpr int64_t kGroup = 32;             // patches that are built together, at most
-constexpr int64_t kShort = 8;              // after groups of fewer the next one is fetched
 constexpr int64_t kStreamBytes = 8 << 20;  // of a result that no cache will hold (measured)
 
 // Neighbours: squares of one ratio side by side, as long as all lie inside of their image, or none.
@@ -191,67 +170,77 @@ class Patcher {
   // Rows from .. end of the squares that at(row) gives, to out [end - from, C, size, size].
   template <bool kBeside, class At>
   void write(const At& at, int64_t from, int64_t end, Out* out) const {
-    Group<In> now, later;
-    for (; from < end; from += now.count, out += now.count * width()) {
-      now.take(at, from, end, size());
-      later.take(at, from + now.count, now.count < kShort ? end : 0, size());
-      if (!now.inside)
-        lines<kBeside, false, 0>(now, later, out);
-      else if (now.squares->ratio == 1)
-        lines<kBeside, true, 1>(now, later, out);
+    Group<In> group;
+    for (; from < end; from += group.count, out += group.count * width()) {
+      group.take(at, from, end, size());
+      if (!group.inside)
+        lines<kBeside, false, 0>(group, out);
+      else if (group.squares->ratio == 1)
+        lines<kBeside, true, 1>(group, out);
+      else if (group.squares->ratio == 2)
+        lines<kBeside, true, 2>(group, out);
       else
-        lines<kBeside, true, 0>(now, later, out);
+        lines<kBeside, true, 0>(group, out);
     }
   }
 
  private:
 #if defined(__AVX512F__)
-  static constexpr bool kStreams = kSize > 0 && kSize % 16 == 0;
+  static constexpr bool kAvx512 = true;
 #else
-  static constexpr bool kStreams = false;
+  static constexpr bool kAvx512 = false;
 #endif
-  // Lines of a patch that make up a cache line.
-  static constexpr int64_t kTogether = kStreams && kSize * sizeof(Out) < 64 ? 2 : 1;
+  // Lines of a patch in a cache line: beside the caches they go together.
+  static constexpr int64_t kLines = kSize * sizeof(Out) == 32 ? 2 : 1;
+  static constexpr bool kStreams = kAvx512 && kSize > 0 && kSize % 16 == 0 &&
+                                   (kLines == 1 || sizeof(In) == sizeof(float));
 
+  // Pixels are read line by line of the image. The sums of means wait in a buffer meanwhile: lines
+  // of a block by turns would not be foreseen by the processor, at half the bandwidth (measured).
   template <bool kBeside, bool kInside, int kRatio>
-  void lines(const Group<In>& group, const Group<In>& later, Out* out) const {
+  void lines(const Group<In>& group, Out* out) const {
     const int64_t size = this->size(), width = this->width();
     const int64_t ratio = kRatio ? kRatio : group.squares->ratio, side = ratio * size;
     const Taps taps(ratio, bilinear_);
-    static thread_local Scratch scratch;
-    In* padded = kInside ? nullptr : scratch.take<In>(ratio * side);
+    static thread_local Scratch scratch, waiting;
+    In* padded = kInside ? nullptr : scratch.take<In>(side);
+    const auto line_of = [&](int64_t m, int64_t c, int64_t y) -> const In* {
+      if constexpr (kInside) return group.squares[m].line(c, y);
+      pad_line(group.squares[m], c, y, side, padded);
+      return padded;
+    };
+    constexpr int64_t together = kBeside && kStreams ? kLines : 1;
+    const int64_t columns = (size + 15) / 16 * 16;
+    float* sums = waiting.take<float>(kGroup * together * columns);
     for (int64_t c = 0; c < channels_; ++c)
-      for (int64_t y = 0; y < size; y += kTogether) {
-        fetch(later, c, y);
-        for (int64_t m = 0; m < group.count; ++m) {
-          const Square<In>& square = group.squares[m];
-          const In* line = square.line(c, y * ratio);
-          Out* to = out + m * width + (c * size + y) * size;
-          for (int64_t i = 0; i < kTogether; ++i, line += ratio * square.width, to += size) {
-            const In* from = line;
-            int64_t step = square.width;
-            if constexpr (!kInside) {
-              pad_lines(square, c, (y + i) * ratio, ratio, side, padded);
-              from = padded, step = side;
+      for (int64_t y = 0; y < size; y += together, out += together * size) {
+        if (ratio == 1 && together == 1) {
+          for (int64_t m = 0; m < group.count; ++m)
+            copy<kBeside>(line_of(m, c, y), size, out + m * width);
+        } else if constexpr (sizeof(In) == sizeof(float)) {
+          for (int64_t i = 0; i < together; ++i)
+            for (int64_t d = taps.first; d < taps.end; ++d)
+              for (int64_t m = 0; m < group.count; ++m)
+                add<kRatio>(line_of(m, c, (y + i) * ratio + d), ratio, taps, d == taps.first,
+                            sums + (m * together + i) * columns);
+          for (int64_t m = 0; m < group.count; ++m)
+            for (int64_t i = 0; i < together; ++i) {
+              const float* from = sums + (m * together + i) * columns;
+              Out* to = out + m * width + i * size;
+              for (int64_t x = 0; x < size; x += 16)
+                put<kBeside>(to + x, load(from + x) * taps.share, std::min<int64_t>(size - x, 16));
             }
-            if (ratio == 1)
-              copy<kBeside>(from, size, to);
-            else if constexpr (sizeof(In) == sizeof(float))
-              shrink<kBeside>(from, step, size, ratio, taps, to);
-          }
         }
       }
   }
 
-  // What `kTogether` lines of patches of this group read.
-  void fetch(const Group<In>& group, int64_t c, int64_t y) const {
-    if (group.count == 0 || !group.inside) return;
-    const int64_t ratio = group.squares->ratio, side = ratio * size();
-    for (int64_t m = 0; m < group.count; ++m) {
-      const In* line = group.squares[m].line(c, y * ratio);
-      for (int64_t i = 0; i < ratio * kTogether; ++i, line += group.squares[m].width)
-        for (int64_t x = 0; x < side; x += 64 / sizeof(In)) __builtin_prefetch(line + x);
-    }
+  template <int kRatio>
+  void add(const float* line, int64_t ratio, const Taps& taps, bool first, float* sums) const {
+    if constexpr (kRatio == 1 || kRatio == 2) return add_line<kRatio>(line, size(), first, sums);
+    const bool all = taps.end - taps.first == ratio;
+    if (all && ratio == 4) return add_line<4>(line, size(), first, sums);
+    if (all && ratio == 8) return add_line<8>(line, size(), first, sums);
+    add_line(line, size(), ratio, taps, first, sums);
   }
 
   int64_t channels_, size_;
