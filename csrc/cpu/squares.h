@@ -49,7 +49,7 @@ constexpr i32x16 kOdd = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 
 
 // to[d] = every R-th of `count` floats, from the d-th on.
 template <int R>
-inline void comb(const float* from, int64_t count, f32x16 (&to)[R]) {
+[[gnu::always_inline]] inline void comb(const float* from, int64_t count, f32x16 (&to)[R]) {
   if constexpr (R == 1) {
     to[0] = count >= 16 ? load(from) : count > 0 ? load_part(from, count) : f32x16{};
   } else {
@@ -67,7 +67,8 @@ inline void comb(const float* from, int64_t count, f32x16 (&to)[R]) {
 // Adds the pixels of one line to the sums of `size` blocks of R x R, from left to right. The first
 // line of a block starts them, from its first pixel and not from 0.
 template <int R>
-inline void add_line(const float* line, int64_t size, bool first, float* sums) {
+[[gnu::always_inline]] inline void add_line(const float* line, int64_t size, bool first,
+                                            float* sums) {
   for (int64_t x = 0; x < size; x += 16, line += 16 * R, sums += 16) {
     f32x16 pixels[R];
     comb<R>(line, std::min<int64_t>(size - x, 16) * R, pixels);
@@ -90,7 +91,7 @@ inline void add_line(const float* line, int64_t size, int64_t ratio, const Taps&
 // Through the caches, or beside them, where a result that exceeds them goes at the speed of a copy.
 // Beside them whole lines must come at once, aligned.
 template <bool kBeside, class Out>
-inline void put(Out* to, f32x16 value, int64_t count) {
+[[gnu::always_inline]] inline void put(Out* to, f32x16 value, int64_t count) {
 #if defined(__AVX512F__)
   if constexpr (kBeside && sizeof(Out) == 4)
     return _mm512_stream_ps(to, (__m512)value);
@@ -104,7 +105,7 @@ inline void put(Out* to, f32x16 value, int64_t count) {
 }
 
 template <bool kBeside = false, class In, class Out>
-inline void copy(const In* from, int64_t count, Out* to) {
+[[gnu::always_inline]] inline void copy(const In* from, int64_t count, Out* to) {
   for (; count >= 16; count -= 16, from += 16, to += 16) put<kBeside>(to, load(from), 16);
   if (count > 0) put<kBeside>(to, load_part(from, count), count);
 }
@@ -204,7 +205,8 @@ class Patcher {
     const Taps taps(ratio, bilinear_);
     static thread_local Scratch scratch, waiting;
     In* padded = kInside ? nullptr : scratch.take<In>(side);
-    const auto line_of = [&](int64_t m, int64_t c, int64_t y) -> const In* {
+    const auto line_of = [&](int64_t m, int64_t c, int64_t y)
+                             __attribute__((always_inline)) -> const In* {
       if constexpr (kInside) return group.squares[m].line(c, y);
       pad_line(group.squares[m], c, y, side, padded);
       return padded;
@@ -235,7 +237,8 @@ class Patcher {
   }
 
   template <int kRatio>
-  void add(const float* line, int64_t ratio, const Taps& taps, bool first, float* sums) const {
+  [[gnu::always_inline]] void add(const float* line, int64_t ratio, const Taps& taps, bool first,
+                                  float* sums) const {
     if constexpr (kRatio == 1 || kRatio == 2) return add_line<kRatio>(line, size(), first, sums);
     const bool all = taps.end - taps.first == ratio;
     if (all && ratio == 4) return add_line<4>(line, size(), first, sums);
