@@ -16,12 +16,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
+import os
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench import limits, vision_model
@@ -124,6 +128,12 @@ def measure(
         }  # fmt: skip
         goal = {"measured": share} if most is None else target(share, most, at_most=True)
         report.add(**row, **goal)
+    ratio = samples.ratio("SDPA loop", "attention")
+    report.add(
+        **common, what="attention at 50% of tokens: a loop of SDPA / ours",
+        **samples.times("attention"), **samples.only("SDPA loop", "attention").guard(),
+        **target(ratio, 1.2) if dtype == "bfloat16" else {"ratio": ratio},
+    )  # fmt: skip
 
 
 def parts(runtime: VisionRuntime, images: Tensor, policy: Any) -> dict[str, Arm]:
@@ -131,11 +141,34 @@ def parts(runtime: VisionRuntime, images: Tensor, policy: Any) -> dict[str, Arm]
     model: VisionTransformer = runtime.model
     stops = torch.cat(runtime.forward(images, policy).trace.stops or ())
     choice = model.choose(images, stops=stops)
+    ours, loop = attentions(runtime, choice.cu_seqlens(runtime.spec.prefix_tokens))
     return {
+        "attention": timed(ours, 3),
+        "SDPA loop": timed(loop, 3),
         "gate": timed(lambda: runtime.model.scale_logits(images)),
         "plan": timed(lambda: model.choose(images, stops=stops), 10),
         "embed": timed(lambda: model.embed(images, choice)),
     }
+
+
+def attentions(
+    runtime: VisionRuntime, ends: Tensor
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """One layer's attention of images of these lengths: ours, and torch's image by image."""
+    spec = runtime.spec
+    random = torch.Generator().manual_seed(4)
+    qkv = torch.randn(int(ends[-1]), 3 * spec.hidden_size, generator=random)
+    qkv = qkv.to(getattr(torch, spec.dtype))
+    q, k, v = qkv.chunk(3, 1)
+    scale, heads = spec.head_dim**-0.5, spec.num_heads
+    cuts = list(itertools.pairwise(ends.tolist()))
+    by_head = [t.unflatten(1, (heads, -1)).transpose(0, 1)[None] for t in (q, k, v)]
+
+    def loop() -> None:
+        for a, b in cuts:
+            F.scaled_dot_product_attention(*(t[:, :, a:b] for t in by_head))
+
+    return lambda: runtime.model.ops.attention_varlen(q, k, v, ends, ends, heads, scale), loop
 
 
 def _ask(peer: Peer, arm: str, batch: int) -> float:
@@ -174,8 +207,6 @@ def main() -> int:
 def _peers(
     report: Report, work: Path, threads: int, stack: contextlib.ExitStack
 ) -> dict[str, Peer]:
-    import os
-
     if TIMM not in os.environ:
         report.add(op="mixed scale", scenario=NAME, what="peers", absent=f"no {TIMM}")
         return {}
