@@ -33,13 +33,13 @@ class Patches:
         images: float32 [n, C, H, W], or `Pixels` of any sizes.
         choice: which of their patches become tokens.
         prefix: rows of each image before its patches.
-        gated: bool [n], images whose regions the learned gate looked at; None: nobody's.
+        gated: images whose regions the learned gate looked at, n; None: nobody's.
     """
 
     images: Images
     choice: ScaleChoice
     prefix: int
-    gated: Tensor | None = None
+    gated: tuple[bool, ...] | None = None
 
     @staticmethod
     def of(
@@ -58,22 +58,13 @@ class Patches:
             return Patches(images, choice, prefix)
         count = choice.layout.count
         each = [rules] * count if isinstance(rules, ScaleRule) else rules
-        gated = torch.tensor([rule.source == "learned" for rule in each], dtype=torch.bool)
-        return Patches(images, choice, prefix, gated if bool(gated.any()) else None)
+        gated = tuple(rule.source == "learned" for rule in each)
+        return Patches(images, choice, prefix, gated if any(gated) else None)
 
     @property
     def tokens(self) -> Tensor:
         """int32 [n], rows of each image: prefix and patches."""
         return self.choice.cu_seqlens(self.prefix).diff()
-
-    @property
-    def stops(self) -> tuple[Tensor, ...] | None:
-        """Of each image bool [C_i], see `VisionTrace.stops`; None in a model of one scale."""
-        if self.choice.layout.scales == 1:
-            return None
-        counts: list[int] = self.choice.layout.first_coarse.diff().tolist()
-        # Tensors of the model are inference tensors, which autograd does not take; users may.
-        return tuple(self.choice.stops.clone().split(counts))
 
     def macs(self, model: VisionTransformer) -> Tensor:
         """int64 [n], of choosing and embedding."""
@@ -88,7 +79,7 @@ class Patches:
     def seen(self, model: VisionTransformer) -> list[Seen]:
         """Of each image. Nothing in it keeps pixels alive."""
         grids = self.choice.layout.grids
-        stops = self.stops or (None,) * len(grids)
+        stops = self.choice.stops_by_image() or (None,) * len(grids)
         tokens, macs = self.tokens.tolist(), self.macs_dense(model).tolist()
         facts = zip(tokens, self._dense_lengths(), grids, stops, macs, strict=True)
         return [Seen(*fact) for fact in facts]

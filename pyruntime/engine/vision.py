@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from pyruntime.engine.exit_limits import ExitLimits
 from pyruntime.engine.patches import Patches
 from pyruntime.engine.scale_rules import ScaleRules
 from pyruntime.engine.stage_times import StageTimes
-from pyruntime.engine.wave import Wave, advance
+from pyruntime.engine.wave import Leavers, Wave, advance
 from pyruntime.errors import FormatError, InvalidInput
 from pyruntime.format.load import Container, read
 from pyruntime.format.spec import VisionSpec
@@ -189,9 +189,7 @@ class VisionRuntime:
 
     def _run(self, patches: Patches, limits: Tensor, compaction: Compaction) -> VisionOutput:
         count = len(limits)
-        logits = torch.empty(count, self.spec.num_classes)
-        levels, stages = torch.empty(2, count, dtype=torch.int32)
-        macs = torch.empty(count, dtype=torch.int64)
+        found = _Answers.room(count, self.spec.num_classes)
         stage_images: list[int] = []
         paths = {"all": 0, "packed": 0, "carried": 0, "none": 0}
         ids = torch.arange(count)
@@ -199,28 +197,26 @@ class VisionRuntime:
         while wave is not None:
             stage_images.append(wave.count)
             left, rest = advance(self.model, wave)
-            if left is not None:
-                logits[left.ids] = left.logits
-                levels[left.ids] = left.level
-            if left is not None or wave.live is not None:
-                stages[wave.ids] = wave.stage + 1
-                macs[wave.ids] = wave.macs
+            if left is not None and len(left.ids) == count:
+                found = _Answers.together(wave, left)
+            else:
+                found.put(wave, left)
             if wave.stage < self.exits:
                 kept = None if rest is None else self.compacted(rest, compaction)
                 paths[_path(rest, kept)] += 1
                 rest = kept
             wave = rest
         trace = VisionTrace(
-            levels=levels,
-            stages=stages,
-            tokens=patches.tokens,
-            stops=patches.stops,
-            macs_per_image=macs,
+            levels=found.levels,
+            stages=found.stages,
+            choice=patches.choice,
+            prefix=patches.prefix,
+            macs_per_image=found.macs,
             macs_dense_per_image=patches.macs_dense(self.model),
             stage_images=tuple(stage_images),
             paths=paths,
         )
-        return VisionOutput(logits, levels, trace)
+        return VisionOutput(found.logits, found.levels, trace)
 
     def compacted(self, wave: Wave, compaction: Compaction = "measured") -> Wave:
         """A wave without the images that have left, unless they are to be carried on."""
@@ -261,6 +257,40 @@ class VisionRuntime:
                 f"[{channels}, H, W], got {array.dtype} {list(array.shape)}"
             )
         return array.contiguous(), ((height, width),) * len(array)
+
+
+class _Answers(NamedTuple):
+    """Of n images: logits float32 [n, C], levels and stages int32 [n], macs int64 [n]."""
+
+    logits: Tensor
+    levels: Tensor
+    stages: Tensor
+    macs: Tensor
+
+    @staticmethod
+    def room(count: int, classes: int) -> _Answers:
+        """For those that come."""
+        levels, stages = torch.empty(2, count, dtype=torch.int32)
+        return _Answers(
+            torch.empty(count, classes), levels, stages, torch.empty(count, dtype=torch.int64)
+        )
+
+    @staticmethod
+    def together(wave: Wave, left: Leavers) -> _Answers:
+        """All images have left at once: always so without exits, and a good part of the time that
+        one small image takes around its blocks."""
+        levels = torch.full_like(left.ids, left.level, dtype=torch.int32)
+        # Tensors of the model are inference tensors, which autograd does not take; users may.
+        return _Answers(left.logits.clone(), levels, levels + 1, wave.macs.clone())
+
+    def put(self, wave: Wave, left: Leavers | None) -> None:
+        """What is known after a stage (self is mutated)."""
+        if left is not None:
+            self.logits[left.ids] = left.logits
+            self.levels[left.ids] = left.level
+        if left is not None or wave.live is not None:
+            self.stages[wave.ids] = wave.stage + 1
+            self.macs[wave.ids] = wave.macs
 
 
 def load_vision(

@@ -125,6 +125,14 @@ class ScaleChoice:
         """float32 [R], the finest patches that each patch stands for."""
         return self.layout.areas[self.rows]
 
+    def stops_by_image(self) -> tuple[Tensor, ...] | None:
+        """`stops` of each image; None where there is one scale."""
+        if self.layout.scales == 1:
+            return None
+        counts = [grid.coarse for grid in self.layout.grids]
+        # Tensors of the model are inference tensors, which autograd does not take; users may.
+        return tuple(self.stops.clone().split(counts))
+
     def cu_seqlens(self, prefix: int) -> Tensor:
         """int32 [B + 1], where each image begins if it has `prefix` rows before its patches."""
         ends = self.plan.offsets[:: self.layout.scales]
@@ -214,8 +222,12 @@ def stops_of(
     for rule, grid in dict.fromkeys(zip(rules, layout.grids, strict=True)):
         rule.check(grid)
     scores = scores_of(ops, pixels, layout, rules, preprocess, gate)
-    limits = torch.tensor([limit for rule in rules for limit in rule.limits(layout.scales)])
-    stops = scores < limits[layout.coarse_labels]
+    limits = [rule.limits(layout.scales) for rule in rules]
+    if layout.scales == 2 and len(set(limits)) == 1:
+        stops = scores < limits[0][0]
+    else:
+        each = torch.tensor([limit for image in limits for limit in image])
+        stops = scores < each[layout.coarse_labels]
     if any(rule.tokens is not None for rule in rules):
         stops |= ~divided(layout, scores, stops, [rule.tokens for rule in rules])
     return stops

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyruntime.gates.scale import ScaleChoice
 from pyruntime.gates.scale_layout import ScaleGrid
 
 
@@ -18,9 +19,8 @@ class VisionTrace:
         levels: int32 [B], the exit each image left at; G is the final head. Replayable.
         stages: int32 [B], stages that were computed with an image: its level + 1, and more where it
             was carried on because moving the others together would have taken longer.
-        tokens: int32 [B], rows that each image began with: prefix rows and patches of any scale.
-        stops: of each image bool [C_i]: which of its coarser patches were not divided, in the order
-            of `pyruntime.gates.scale_layout.ScaleGrid`; None in a model of one scale. Replayable.
+        choice: which patches each image had.
+        prefix: rows of each image before them.
         macs_per_image: int64 [B], multiply-accumulates executed for each image, heads, gates and
             carried stages included.
         macs_dense_per_image: int64 [B], those of the same model without exits, of an image of the
@@ -32,12 +32,24 @@ class VisionTrace:
 
     levels: Tensor
     stages: Tensor
-    tokens: Tensor
-    stops: tuple[Tensor, ...] | None
+    choice: ScaleChoice
+    prefix: int
     macs_per_image: Tensor
     macs_dense_per_image: Tensor
     stage_images: tuple[int, ...]
     paths: dict[str, int]
+
+    @property
+    def tokens(self) -> Tensor:
+        """int32 [B], rows that each image began with: prefix rows and patches of any scale."""
+        return self.choice.cu_seqlens(self.prefix).diff()
+
+    @property
+    def stops(self) -> tuple[Tensor, ...] | None:
+        """Of each image bool [C_i]: which of its coarser patches were not divided, in the order
+        of `pyruntime.gates.scale_layout.ScaleGrid`; None in a model of one scale. Replayable.
+        """
+        return self.choice.stops_by_image()
 
     @property
     def macs_executed(self) -> int:

@@ -7,6 +7,7 @@ like everywhere in the field: norms, activations, softmax, adds.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -86,18 +87,25 @@ class VisionCost:
         known = {length: self.stage(number, length) for length in set(lengths)}
         return torch.tensor([known[length] for length in lengths], dtype=torch.int64)
 
-    def embedding(self, patches: Tensor, regions: Tensor | None = None) -> Tensor:
+    def embedding(
+        self, patches: Sequence[int], scales: int, regions: Sequence[int] | None = None
+    ) -> Tensor:
         """From pixels to tokens, int64 [n].
 
         Args:
-            patches: integer [n, S], that each image has of every scale, the coarsest first.
-            regions: integer [n], that the gate looked at; None without one.
+            patches: n * S, those that each image has of every scale, the coarsest first.
+            scales: S.
+            regions: n, those that the gate looked at; None without one.
         """
-        costs = torch.tensor(patch_macs(self.spec, patches.shape[1]), dtype=torch.int64)
-        found = (patches.long() * costs).sum(1)
+        costs = patch_macs(self.spec, scales)
+        found = [
+            sum(map(operator.mul, patches[i : i + scales], costs))
+            for i in range(0, len(patches), scales)
+        ]
         if regions is not None:
-            found = found + regions.long() * region_macs(self.spec)
-        return found
+            each = region_macs(self.spec)
+            found = [known + count * each for known, count in zip(found, regions, strict=True)]
+        return torch.tensor(found, dtype=torch.int64)
 
     def image(self, level: int, tokens: int | None = None) -> int:
         """All an image of finest patches runs that leaves at exit `level`, or at the head (G)."""

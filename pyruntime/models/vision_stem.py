@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -97,21 +98,20 @@ class VisionStem:
             raise InvalidInput("this model has no learned scale gate")
         return gate.logits(self._ops, pixels, self.layout(pixels))
 
-    def macs(self, cost: VisionCost, choice: ScaleChoice, gated: Tensor | None = None) -> Tensor:
-        """Multiply-accumulates of embedding every image, int64 [n].
-
-        Args:
-            gated: bool [n], images whose regions the learned gate looked at; None: nobody's.
-        """
+    def macs(
+        self, cost: VisionCost, choice: ScaleChoice, gated: Sequence[bool] | None = None
+    ) -> Tensor:
+        """See `VisionTransformer.embed_macs`."""
         layout = choice.layout
         if self._spec.stem == "t2t":
-            return torch.full((len(layout.grids),), cost.stem)
-        scales = layout.scales
-        patches = choice.plan.offsets.diff().view(-1, scales)
+            return torch.full((layout.count,), cost.stem)
         regions = None
         if gated is not None:
-            regions = layout.first_coarse.diff() * gated
-        return cost.embedding(patches, regions)
+            coarse = zip(layout.grids, gated, strict=True)
+            regions = [grid.coarse if asked else 0 for grid, asked in coarse]
+        ends = choice.plan.offsets.tolist()
+        patches = [b - a for a, b in itertools.pairwise(ends)]
+        return cost.embedding(patches, layout.scales, regions)
 
     def embed(self, pixels: Pixels, choice: ScaleChoice) -> Packed:
         """Rows of images: prefix, then the chosen patches."""

@@ -119,11 +119,11 @@ class VisionTransformer:
             raise InvalidInput("choice: was made for images of other sizes")
         return self._stem.embed(pixels, choice)
 
-    def embed_macs(self, choice: ScaleChoice, gated: Tensor | None = None) -> Tensor:
+    def embed_macs(self, choice: ScaleChoice, gated: Sequence[bool] | None = None) -> Tensor:
         """Multiply-accumulates of `choose` and `embed` for every image, int64 [n].
 
         Args:
-            gated: bool [n], images whose regions the learned gate looked at; None: nobody's.
+            gated: n, whether the learned gate looked at an image's regions; None: at nobody's.
         """
         return self._stem.macs(self.cost, choice, gated)
 

@@ -253,7 +253,7 @@ def test_the_gate_is_paid_for() -> None:
     choice = model.choose(images, COARSE)
     regions = 2 * 3
     gate = 3 * 8 * 8 * 12 + 12 * 10 + 10
-    paid = model.embed_macs(choice, torch.tensor([True, False, True]))
+    paid = model.embed_macs(choice, [True, False, True])
     patches = regions * 3 * 4 * 4 * 40
     assert paid.tolist() == [patches + regions * gate, patches, patches + regions * gate]
 
