@@ -25,7 +25,6 @@ from pyruntime.gates.policy import ComputePolicy
 from pyruntime.gates.scale import ScaleRule
 from pyruntime.gates.scale_layout import ScaleLayout
 from pyruntime.gates.vision_trace import VisionTrace
-from pyruntime.models.vision_stem import Images
 from pyruntime.models.vit import VisionTransformer
 from pyruntime.ops.pixels import Pixels
 
@@ -189,7 +188,7 @@ class VisionRuntime:
 
     def _run(self, patches: Patches, limits: Tensor, compaction: Compaction) -> VisionOutput:
         count = len(limits)
-        found = _Answers.room(count, self.spec.num_classes)
+        found: _Answers | None = None
         stage_images: list[int] = []
         paths = {"all": 0, "packed": 0, "carried": 0, "none": 0}
         ids = torch.arange(count)
@@ -200,12 +199,14 @@ class VisionRuntime:
             if left is not None and len(left.ids) == count:
                 found = _Answers.together(wave, left)
             else:
+                found = found or _Answers.room(count, self.spec.num_classes)
                 found.put(wave, left)
             if wave.stage < self.exits:
                 kept = None if rest is None else self.compacted(rest, compaction)
                 paths[_path(rest, kept)] += 1
                 rest = kept
             wave = rest
+        found = found or _Answers.room(count, self.spec.num_classes)
         trace = VisionTrace(
             levels=found.levels,
             stages=found.stages,
@@ -234,7 +235,7 @@ class VisionRuntime:
 
     def _checked(
         self, images: Tensor | Array | Sequence[Tensor | Array]
-    ) -> tuple[Images, tuple[tuple[int, int], ...]]:
+    ) -> tuple[Pixels, tuple[tuple[int, int], ...]]:
         """Images as the model takes them, with their heights and widths."""
         channels, (height, width) = len(self.spec.preprocess.mean), self.spec.image_size
         if isinstance(images, list | tuple):
@@ -246,7 +247,7 @@ class VisionRuntime:
                         f"{list(image.shape)}"
                     )
             if not each:
-                return torch.empty(0, channels, height, width), ()
+                return Pixels.of(torch.empty(0, channels, height, width)), ()
             pixels = Pixels.of_list(each)
             return pixels, pixels.sizes
         array = as_tensor("images", images)
@@ -256,7 +257,7 @@ class VisionRuntime:
                 f"images: expected float32 [B, {', '.join(map(str, shape))}], or a list of "
                 f"[{channels}, H, W], got {array.dtype} {list(array.shape)}"
             )
-        return array.contiguous(), ((height, width),) * len(array)
+        return Pixels.of(array.contiguous()), ((height, width),) * len(array)
 
 
 class _Answers(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,9 +38,14 @@ class Packed:
         return self.cu_seqlens.shape[0] - 1
 
     @cached_property
+    def ends(self) -> list[int]:
+        """`cu_seqlens` on the host."""
+        return self.cu_seqlens.tolist()
+
+    @cached_property
     def lengths(self) -> list[int]:
         """Rows of each image."""
-        return self.cu_seqlens.diff().tolist()
+        return [b - a for a, b in itertools.pairwise(self.ends)]
 
     @property
     def first_rows(self) -> Tensor:
@@ -99,11 +105,12 @@ class Packed:
 
     def slice(self, start: int, stop: int) -> Packed:
         """Images start to stop; `x` is a view."""
-        ends = self.cu_seqlens[start : stop + 1]
-        first, last = int(ends[0]), int(ends[-1])
+        if stop - start == self.count:
+            return self
+        first, last = self.ends[start], self.ends[stop]
         return Packed(
             self.x[first:last],
-            ends - first,
+            self.cu_seqlens[start : stop + 1] - first,
             None if self.sizes is None else self.sizes[first:last],
             None if self.began is None else self.began[start:stop],
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -49,6 +49,7 @@ class VisionCost:
     last_block: int
     exits: tuple[int, ...]
     head: int
+    _stages: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)  # once computed
 
     @staticmethod
     def of(spec: VisionSpec) -> VisionCost:
@@ -77,10 +78,13 @@ class VisionCost:
         """The blocks of a stage as they run, for an image of so many rows (None: the spec's)."""
         spec, blocks = self.spec, self.stages[number]
         count = spec.tokens if tokens is None else tokens
-        whole = block_macs(spec, count, count)
-        if blocks.stop < spec.num_layers:
-            return len(blocks) * whole
-        return (len(blocks) - 1) * whole + block_macs(spec, count, _read_rows(spec, count))
+        if (number, count) not in self._stages:
+            whole = block_macs(spec, count, count)
+            last = whole
+            if blocks.stop == spec.num_layers:
+                last = block_macs(spec, count, _read_rows(spec, count))
+            self._stages[number, count] = (len(blocks) - 1) * whole + last
+        return self._stages[number, count]
 
     def stage_of(self, number: int, lengths: Sequence[int]) -> Tensor:
         """The blocks of a stage for images of these lengths, int64 [n]."""

@@ -257,7 +257,7 @@ class VisionTransformer:
 
     def _parts(self, packed: Packed) -> Iterator[tuple[int, int]]:
         """First and last + 1 of the images of every part: about equal numbers of rows."""
-        ends = packed.cu_seqlens.tolist()
+        ends = packed.ends
         if not ends[-1]:
             return
         count = -(-ends[-1] // PART_ROWS)

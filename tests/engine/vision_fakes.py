@@ -28,6 +28,7 @@ from pyruntime.gates.scale_layout import ScaleLayout
 from pyruntime.layers.exit_head import Exit
 from pyruntime.layers.packed import Packed
 from pyruntime.models.vision_cost import VisionCost
+from pyruntime.models.vision_stem import Images
 from pyruntime.models.vit import Ran
 from pyruntime.ops import reference
 
@@ -71,16 +72,18 @@ class FakeVision:
         self.go = threading.Event()  # stages wait for it
         self.go.set()
 
-    def choose(self, images: Tensor, rules: Any = None, stops: Any = None) -> ScaleChoice:
+    def choose(self, images: Images, rules: Any = None, stops: Any = None) -> ScaleChoice:
         assert rules is None and stops is None  # of one scale
+        images = _images(images)
         sizes = ((images.shape[2], images.shape[3]),) * len(images)
         layout = ScaleLayout.of(sizes, self.spec.patch_size, ())
         return choose_cells(self.ops, layout, torch.zeros(0, dtype=torch.bool))
 
-    def embed_macs(self, choice: ScaleChoice, gated: Tensor | None = None) -> Tensor:
+    def embed_macs(self, choice: ScaleChoice, gated: Any = None) -> Tensor:
         return torch.full((choice.layout.count,), self.cost.stem)
 
-    def embed(self, images: Tensor, choice: ScaleChoice | None = None) -> Packed:
+    def embed(self, images: Images, choice: ScaleChoice | None = None) -> Packed:
+        images = _images(images)
         rows = images.reshape(len(images), -1)[:, : 4 * self.spec.tokens]
         return Packed.of(rows.reshape(-1, 4).clone(), [self.spec.tokens] * len(images))
 
@@ -186,3 +189,10 @@ def calibration(**changes: Any) -> dict[str, Any]:
         "data_sha256": "0" * 64,
         "default_budget": None,
     } | changes
+
+
+def _images(images: Images) -> Tensor:
+    """[B, C, H, W], of one size."""
+    if isinstance(images, Tensor) or not images.count:
+        return images if isinstance(images, Tensor) else torch.empty(0, images.channels, 1, 1)
+    return torch.stack([images.image(i) for i in range(images.count)])
