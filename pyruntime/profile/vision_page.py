@@ -27,6 +27,7 @@ def page(report: VisionReport) -> Page:
             Point(_label(row), row.quality.accuracy, 1 - row.quality.macs_saved,
                   1 - row.timed.time_saved)
             for row in swept
+            if row.rule != "coarse"  # so far off that the others would lie on one spot
         ],
         histogram=None if not exits else Histogram(
             [*(f"exit {number}" for number in range(exits)), "final"],
