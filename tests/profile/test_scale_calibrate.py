@@ -189,7 +189,8 @@ def test_a_sweep(runtime: VisionRuntime, data: ImageSet) -> None:
     assert "mean tokens" in table and ("mean level" in table) == bool(spec.exits)
     assert ("left at" in table) == bool(spec.exits)
     page, plain = report.to_html(found), json.loads(report.to_json(found))
-    assert page.count("<circle") == 8 and [row["tokens"] for row in plain["rows"]][3:] == [*values]
+    assert page.count("<circle") == 2 * 3  # work and time of all but dense and all coarse
+    assert [row["tokens"] for row in plain["rows"]][3:] == [*values]
 
 
 def test_the_axes_of_a_model() -> None:
