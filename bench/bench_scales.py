@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,8 @@ from pyruntime.gates.policy import ComputePolicy, ScalePolicy
 from pyruntime.models.vit import VisionTransformer
 
 NAME = "ViT-S/16"
+Dtype = Literal["float32", "bfloat16"]
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 SHARES = (1.0, 0.75, 0.5, 0.3)
 SCALES = ScaleSpec(ratios=(2,), gate=ScaleGateSpec((64, 64, 32), positions=True))
 ONE = "one fine among coarse"
@@ -63,12 +65,12 @@ def rule_for(runtime: VisionRuntime, images: Tensor, share: float) -> ScalePolic
 
 
 def measure(
-    report: Report, dtype: str, batch: int, rounds: int, seconds: float, peak: float,
+    report: Report, dtype: Dtype, batch: int, rounds: int, seconds: float, peak: float,
     peers: dict[str, Peer],
 ) -> None:  # fmt: skip
     """Rows of one dtype and batch size."""
-    plain = VisionRuntime(vision_model.container(NAME, dtype, exits=False)).model  # type: ignore[arg-type]
-    mixed = VisionRuntime(vision_model.container(NAME, dtype, exits=False, scales=SCALES))  # type: ignore[arg-type]
+    plain = VisionRuntime(vision_model.container(NAME, dtype, exits=False)).model
+    mixed = VisionRuntime(vision_model.container(NAME, dtype, exits=False, scales=SCALES))
     images = pictures(batch)
     given: dict[str, ComputePolicy | list[ComputePolicy]] = {
         f"{share:.0%} of tokens": ComputePolicy(scales=rule_for(mixed, images, share))
@@ -181,7 +183,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, help="31 at batch 1, 11 at 8, 7 at 32")
     parser.add_argument("--work", type=Path, help="keep the peers' model and compiled code here")

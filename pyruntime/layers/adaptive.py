@@ -18,10 +18,6 @@ class Meter:
 
     macs: Tensor
 
-    def slice(self, start: int, stop: int) -> Meter:
-        """Of images start to stop; shares memory."""
-        return Meter(self.macs[start:stop])
-
     def add(self, counts: Tensor, ends: Tensor, each: int) -> None:
         """Learners int64 [T] of the rows of the images that `ends` int32 [n + 1] cuts."""
         self.macs.add_(F.pad(counts.cumsum(0), (1, 0))[ends.long()].diff(), alpha=each)
