@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import cast
 
 from pyruntime.errors import ConversionError, FormatError
 from pyruntime.format.convert.assemble import Assembly
 from pyruntime.format.convert.checkpoint import Checkpoint
 from pyruntime.format.spec import ReductionSpec, VisionSpec
+from pyruntime.format.spec.reduction import Method
 
 _PREDICTOR = "score_predictor."
 _STAGES = 3  # blocks of EViT and DynamicViT that drop rows, a quarter of the depth apart
@@ -26,7 +27,7 @@ class Reduction:
             keys count once, however many rows were merged into them.
     """
 
-    method: Literal["tome", "evit", "dynamicvit"]
+    method: Method
     amount: float
     flag: bool = False
 
@@ -72,8 +73,7 @@ def parse_reduction(text: str) -> Reduction:
     if not (math.isfinite(amount) and (amount.is_integer() or not whole)):
         kind = "a whole number of pairs" if whole else "a share of the rows"
         raise ConversionError(f"reduce {text!r}: {number!r} is not {kind}")
-    method: Literal["tome", "evit", "dynamicvit"] = name  # type: ignore[assignment]  # in _FLAGS
-    return Reduction(method, amount, bool(plus))
+    return Reduction(cast(Method, name), amount, bool(plus))
 
 
 def check_predictors(weights: Checkpoint, spec: ReductionSpec | None) -> None:

@@ -7,6 +7,8 @@ from typing import Literal
 
 from pyruntime.errors import FormatError
 
+Method = Literal["dynamicvit", "evit", "tome"]
+
 
 @dataclass(frozen=True, slots=True)
 class ReductionSpec:
@@ -24,7 +26,7 @@ class ReductionSpec:
         proportional: of ``tome``: a key counts as often as it has rows merged into it.
     """
 
-    method: Literal["dynamicvit", "evit", "tome"]
+    method: Method
     blocks: tuple[int, ...]
     keep: tuple[float, ...] = ()
     merge: tuple[int, ...] = ()
