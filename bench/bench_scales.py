@@ -36,6 +36,7 @@ from bench.peers import Peer
 from pyruntime.engine.vision import VisionRuntime
 from pyruntime.format.spec import ScaleGateSpec, ScaleSpec
 from pyruntime.gates.policy import ComputePolicy, ScalePolicy
+from pyruntime.models.vision_cost import region_macs
 from pyruntime.models.vit import VisionTransformer
 
 NAME = "ViT-S/16"
@@ -65,13 +66,13 @@ def rule_for(runtime: VisionRuntime, images: Tensor, share: float) -> ScalePolic
 
 
 def measure(
-    report: Report, dtype: Dtype, batch: int, rounds: int, seconds: float, peak: float,
-    peers: dict[str, Peer],
+    report: Report, dtype: Dtype, batch: int, rounds: int, seconds: float,
+    machine: limits.Limits, peers: dict[str, Peer],
 ) -> None:  # fmt: skip
     """Rows of one dtype and batch size."""
     plain = VisionRuntime(vision_model.container(NAME, dtype, exits=False)).model
     mixed = VisionRuntime(vision_model.container(NAME, dtype, exits=False, scales=SCALES))
-    images = pictures(batch)
+    images, peak = pictures(batch), machine.flops(getattr(torch, dtype))
     given: dict[str, ComputePolicy | list[ComputePolicy]] = {
         f"{share:.0%} of tokens": ComputePolicy(scales=rule_for(mixed, images, share))
         for share in SHARES
@@ -121,19 +122,37 @@ def measure(
             padded = batch * trace.tokens.max() / trace.tokens.sum()
             row["padded_tokens_over_packed"] = float(padded)
         report.add(**row, rho=rho, **target(rho, 0.9 if batch >= 8 else 0.8))
-    whole = samples.p50("50% of tokens")
+    spec, whole = mixed.spec, samples.p50("50% of tokens")
+    choice = mixed.forward(images, given["50% of tokens"]).trace.choice
+    rows = choice.cu_seqlens(spec.prefix_tokens).diff().long()
+    # The plan has no arithmetic to speak of: its row has a target instead of a limit.
+    work = {
+        "gate": (len(choice.stops) * region_macs(spec), machine.fp32_gflops),
+        "embed": (int(mixed.model.embed_macs(choice).sum()), peak),
+        "attention": (2 * spec.hidden_size * int((rows * rows).sum()), peak),
+    }
+
+    def limit(part: str) -> dict[str, Any]:
+        if part not in work:
+            return {}
+        macs, gflops = work[part]
+        return {"limit_name": "arithmetic peak GFLOP/s", "limit": gflops,
+                "fraction": 2e-9 * macs / samples.p50(part) / gflops}  # fmt: skip
+
     for part, most in (("gate", None), ("plan", 0.02), ("embed", None)):
         share = samples.ratio(part, "50% of tokens")
         row = {
             **common, "what": f"{part} / forward at 50% of tokens", **samples.times(part),
-            "forward_p50_us": whole * 1e6, **samples.only(part, "50% of tokens").guard(),
+            "forward_p50_us": whole * 1e6, **limit(part),
+            **samples.only(part, "50% of tokens").guard(),
         }  # fmt: skip
         goal = {"measured": share} if most is None else target(share, most, at_most=True)
         report.add(**row, **goal)
     ratio = samples.ratio("SDPA loop", "attention")
     report.add(
         **common, what="attention at 50% of tokens: a loop of SDPA / ours",
-        **samples.times("attention"), **samples.only("SDPA loop", "attention").guard(),
+        **samples.times("attention"), **limit("attention"),
+        **samples.only("SDPA loop", "attention").guard(),
         **target(ratio, 1.2) if dtype == "bfloat16" else {"ratio": ratio},
     )  # fmt: skip
 
@@ -200,9 +219,8 @@ def main() -> int:
         for dtype in args.dtypes:
             for batch in [2] if args.quick else args.batches:
                 rounds = 1 if args.quick else args.rounds or {1: 31, 8: 11}.get(batch, 7)
-                peak = machine.flops(getattr(torch, dtype))
                 seconds = 0.0 if args.quick else 15.0
-                measure(report, dtype, batch, rounds, seconds, peak, peers)
+                measure(report, dtype, batch, rounds, seconds, machine, peers)
     return report.close()
 
 
